@@ -4,7 +4,7 @@
     make bench
 
 The images are the activations of a CIFAR ResNet-18: on a CPU at batch 64, NCHW and channels_last, float32; on a GPU at
-batch 128, channels_last, bfloat16, each side a CUDA graph, in which both passes are captured together. The bound is the
+batch 128, channels_last, bfloat16, each side a CUDA graph in which both passes are captured together. The bound is the
 time of a copy of as many bytes: forward reads the input (and the residual) and writes the output, backward reads
 gradient and input and writes the gradient of the input (and that of the residual).
 """
@@ -34,7 +34,7 @@ DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward and backward"
 PASSES = {"cpu": (FORWARD, BACKWARD), "cuda": (FORWARD, BOTH)}
 TENSORS = {FORWARD: 2, BACKWARD: 3, BOTH: 5}
-"""Tensors that a pass moves, without those of a residual."""
+"""Number of tensors that a pass moves, without a residual's."""
 SIDES = ("ours", "eager", "compile")  # on a GPU "compile" only with a residual, to save the seconds of compiling
 
 
@@ -61,7 +61,7 @@ def run(function: Callable[..., Tensor], leaves: Operands) -> Tensor:
 
 
 def side(function: Callable[..., Tensor], leaves: Operands, pass_: str, grad: Tensor) -> Callable[[], object]:
-    """The call that is timed; backward is timed alone, on one forward pass."""
+    """The timed call; backward is timed alone, on one forward pass."""
     if pass_ == FORWARD:
         return torch.no_grad()(partial(run, function, leaves))
     inputs = [leaf for leaf in leaves if leaf is not None]

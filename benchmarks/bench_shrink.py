@@ -3,9 +3,9 @@
     python benchmarks/bench_shrink.py [--device cuda] [--out FILE.csv]
     make bench
 
-Two cases: half of every width removed, and half of the inner channels alone. "ours" is the smaller network, "dense"
-the whole one. Both are dense networks in the same loop of public functions; on a CPU in float32, on a GPU in bfloat16
-and channels_last with the attack as a CUDA graph. "macs_kept" is a share of the MACs of a forward pass.
+Two cases: half of every width removed, and half of only the inner channels. "ours" is the smaller network, "dense" the
+whole one. Both are dense networks in the same loop of public functions; on a CPU in float32, on a GPU in bfloat16 and
+channels_last with the attack as a CUDA graph. "macs_kept" is a share of the MACs of a forward pass.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def case(removed: str, device: str = "cpu", quick: bool = False) -> Case:
     torch.manual_seed(0)
     network = build("resnet18", width=width)
     x, y = torch.rand(batch, 3, 32, 32), torch.randint(10, (batch,), device=device)
-    pruned = masks.prune(network, 0.5, "filter", "uniform", example_input=x[:1])
+    pruned = masks.prune(network, 0.5, "filter", scope="uniform", example_input=x[:1])
     if removed == REMOVED[1]:
         pruned = {name: mask for name, mask in pruned.items() if name.endswith("conv1") and "." in name}
     small = shrink(network, pruned, x[:1]).model

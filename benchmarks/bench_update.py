@@ -38,7 +38,7 @@ IMAGES = {"cuda": 50_000, "cpu": 256}
 MASKS = (((64, 64), 0.1), ((64, 64), 0.2))
 NFGSM = {"steps": 1, "alpha": EPS, "start_eps": 2 * EPS, "project": False}
 OBJECTIVES: dict[str, dict[str, Any]] = {"pgd": {}, "n-fgsm": NFGSM}
-"""The options with which the published attack is that of the objective."""
+"""The options with which the published attack equals the objective's attack."""
 NAMES = {"pgd": f"PGD-{STEPS}", "n-fgsm": "N-FGSM"}
 
 
@@ -54,7 +54,7 @@ class Updates:
         self.setup, self.quick = Setup("resnet18", device, quick), quick
 
     def repeated(self, side: Side) -> Side:
-        """As many updates as a case makes in a call."""
+        """A call that makes as many updates as a case has per call."""
 
         def repeat() -> None:
             for _ in range(UPDATES[self.setup.device]):
@@ -63,7 +63,7 @@ class Updates:
         return repeat
 
     def ours(self, objective: str, network: nn.Module | None = None) -> Side:
-        """Updates by an updater of its own."""
+        """Updates by a separate updater."""
         setup = self.setup
         model = copy.deepcopy(network or setup.network).train()
         config, device = config_of(objective, setup.on_gpu), setup.x.device
@@ -112,7 +112,7 @@ class Updates:
         return self.case(f"captured epoch of {images:,} images, N-FGSM", "dense", sides, rounds=2)
 
     def careful_epoch(self, batches: data.Batches) -> Side:
-        """The published update on memory into which each whole batch is copied; the last, smaller one is left out."""
+        """The published update; each whole batch is copied into the same memory, and the smaller last one left out."""
         setup, numbers = self.setup, count()
         update = Update(setup.network, partial(published_attack, **NFGSM), setup.x, setup.y, setup.on_gpu)
         x, y = update.x, update.y

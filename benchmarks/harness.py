@@ -1,7 +1,7 @@
 """One way to measure, print and write for all benchmarks.
 
 A benchmark file makes cases. As pytest tests (`make bench`) each side of a case is timed by pytest-benchmark; see
-conftest.py. Its `main` times the sides in turns, since the published ratios need that, and leaves a record for each
+conftest.py. Its `main` times the sides in turns, because the published ratios need that, and writes a record for each
 case: a line of text, and with --out a line of a CSV file.
 """
 
@@ -41,14 +41,14 @@ class Case:
 
     labels: Mapping[str, Value]
     sides: Mapping[str, Side]
-    """The side "ours" and what it is compared with."""
+    """The side "ours" and the sides that it is compared with."""
     rivals: Sequence[str] = ()
     macs: int = 0
     moved: int = 0
     rounds: int = 9
     warmup: int = 1
     capture: bool = False
-    """Whether a GPU times each side as a CUDA graph of several calls, which leaves out the launches by Python."""
+    """Whether a GPU times each side as a CUDA graph of several calls, to exclude the launches by Python."""
 
 
 def argument_parser(description: str | None, devices: Sequence[str] = ("cpu",)) -> argparse.ArgumentParser:
@@ -79,7 +79,7 @@ def label_of(sizes: Sequence[int]) -> str:
 
 
 def start(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the arguments and set PyTorch and the memory allocator up for measuring."""
+    """Parse the arguments, and set up PyTorch and the memory allocator for measuring."""
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda needs a GPU, and torch finds none")
@@ -101,13 +101,13 @@ def main(
     arguments: Sequence[str] | None = None,
     devices: Sequence[str] = ("cpu",),
 ) -> None:
-    """The script of a benchmark whose cases depend on the device and on `--quick` alone."""
+    """The script of a benchmark whose cases depend only on the device and on `--quick`."""
     options = start(argument_parser(description, devices), arguments)
     measure(cases(options.device, options.quick), options)
 
 
 def run(main: Callable[[], object]) -> None:
-    """Run a script: what is wrong with its folders and names is one line, and exit code 2 as of `parser.error`."""
+    """Run a script; errors about its folders and names become one line and exit code 2, as with `parser.error`."""
     try:
         main()
     except (OSError, ValueError) as error:
@@ -144,7 +144,7 @@ def record_of(case: Case, peak: Peak, device: str, quick: bool = False) -> Recor
     """Time the sides of a case in turns."""
     warmup, rounds = (1, QUICK_ROUNDS) if quick else (case.warmup, case.rounds)
     for side in case.sides.values():
-        for _ in range(warmup - 1):  # `interleaved` has a call of its own
+        for _ in range(warmup - 1):  # `interleaved` makes one warm-up call itself
             side()
     if case.capture and device == "cuda":
         times = interleaved_graphs(case.sides, rounds)
@@ -228,9 +228,10 @@ def write_records(path: Path, records: Sequence[Record], facts: Mapping[str, Val
 
 
 def compiled(function: Callable[..., Tensor], quick: bool) -> Callable[..., Tensor]:
-    """The rival "compile", compiled for one shape: code for several shapes is slower, and after some PyTorch gives up.
+    """The rival "compile", compiled for one shape: code for several shapes is slower, and after some shapes PyTorch
+    gives up.
 
-    The backend "eager" compiles nothing, which would take seconds.
+    The backend "eager" compiles nothing: compiling would take seconds.
     """
     torch.compiler.reset()
     return torch.compile(function, dynamic=False, backend="eager" if quick else "inductor")

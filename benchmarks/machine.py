@@ -22,10 +22,10 @@ class Peak(NamedTuple):
     flops: float
     """FLOP a second; a multiply-accumulate operation (MAC) is two."""
     bandwidth: float
-    """Bytes a second, those read plus those written."""
+    """Bytes a second, read plus written."""
 
     def seconds(self, macs: int, moved: int) -> float:
-        """The lower bound of a call's time: of its MACs or of its bytes moved, whichever takes longer."""
+        """The lower bound of a call's time: the time of its MACs or of its moved bytes, whichever is longer."""
         return max(2 * macs / self.flops, moved / self.bandwidth)
 
 

@@ -2,9 +2,9 @@
 
     python benchmarks/permute_channels.py RUN_FOLDER [--blocks 32,32 64,64] [--densities 0.1 0.2]
 
-For each block, scope and density the share of the squared weights that `masks.prune` keeps, in brackets that of their
-absolute values: without a permutation, after `masks.permute_channels`, and with single weights as blocks, an upper
-bound for any permutation. The gain of the fresh network is chance.
+Prints for each block, scope and density the share of the squared weights that `masks.prune` keeps, and in brackets the
+share of their absolute values: without a permutation, after `masks.permute_channels`, and with single weights as blocks
+(an upper bound for any permutation). The gain of the fresh network is chance.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def retained(model: nn.Module, kept: Mapping[str, Tensor]) -> str:
 def permuted(model: nn.Module, density: float, block: tuple[int, ...], shape: tuple[int, ...], scope: str) -> nn.Module:
     """A copy of the model, permuted for these blocks."""
     model = copy.deepcopy(model)
-    masks.permute_channels(model, density, block, shape, scope).apply(model)
+    masks.permute_channels(model, density, block, shape, scope=scope).apply(model)
     return model
 
 
@@ -53,17 +53,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     shape = (1, *models.find(trained_network.arch).input_shape)
     fresh, trained = (models.build(trained_network.arch, seed=1, width=trained_network.width) for _ in range(2))
     trained.load_state_dict(read_weights(options.folder / runs.LAST)[0])
-    logging.disable(logging.WARNING)  # of layers of which nothing is kept
+    logging.disable(logging.WARNING)  # about layers in which nothing is kept
     print("|", " | ".join(COLUMNS), "|\n|" + " --- |" * len(COLUMNS))
     for block in options.blocks:
         for scope in ("uniform", "global"):
             for density in options.densities:
                 cells = [
-                    retained(network, masks.prune(network, density, block, scope))
+                    retained(network, masks.prune(network, density, block, scope=scope))
                     for model in (fresh, trained)
                     for network in (model, permuted(model, density, block, shape, scope))
                 ]
-                cells.append(retained(trained, masks.prune(trained, density, (1, 1), scope)))
+                cells.append(retained(trained, masks.prune(trained, density, (1, 1), scope=scope)))
                 print("|", " | ".join([str(block), scope, str(density), *cells]), "|", flush=True)
 
 

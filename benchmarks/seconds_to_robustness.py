@@ -4,10 +4,10 @@
     python benchmarks/seconds_to_robustness.py CIFAR OUT train [--rows "dense, 1"] [--seeds 0,1,2]
     python benchmarks/seconds_to_robustness.py CIFAR OUT table [--out FILE.csv] [--picture FILE.svg]
 
-One unit of time is what `--unit` dense epochs take. `time` measures the seconds per epoch of every row, in turns, from
-which follows how many epochs a row has in its share of the unit; changes of masks are in the measured time, and a
-ticket's search is in its seconds. `train` continues where it was stopped, and needs no quiet machine. The last epoch is
-validated, and tested once: clean, and under PGD-50 on the margin loss.
+One unit of time is what `--unit` dense epochs take. `time` measures the seconds per epoch of every row, in turns. From
+these follows how many epochs a row has in its share of the unit. Changes of masks are included in the measured time,
+and a ticket's search in its seconds. `train` continues where it was stopped, and needs no quiet machine. The last epoch
+is validated, and tested once: clean, and under PGD-50 on the margin loss.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ CPU = torch.device("cpu")
 SECONDS = "seconds.json"
 """What `time` writes: the machine, and the seconds of an epoch of each kind of training."""
 ROUNDS = 2
-"""Measurements of each row's seconds."""
+"""Number of measurements of each row's seconds."""
 TIMED_UPDATES = 20
-"""Updates of a measurement; it includes one change of the masks."""
+"""Number of updates in a measurement; it includes one change of the masks."""
 
 
 @dataclass(frozen=True)

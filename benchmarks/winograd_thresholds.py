@@ -1,10 +1,10 @@
-"""The comparisons behind the thresholds of `sparse_adv/engine/winograd.py`, on this machine, which has to be quiet.
+"""The comparisons behind the thresholds of `sparse_adv/engine/winograd.py`, on this machine; it must be quiet.
 
     python benchmarks/winograd_thresholds.py [--threads 1] [--out FILE.csv]
 
-A line for each constant: values of what it limits, and how many times as long an input gradient takes without the
-kernel that the constant decides for. A threshold fits the machine if that passes 1 near it. Weights are transformed
-once for all gradients, as in an attack.
+A line for each constant: values of the quantity that it limits, and how many times as long an input gradient takes
+without the kernel that the constant selects. A threshold fits the machine if this ratio passes 1 near it. Weights are
+transformed once for all gradients, as in an attack.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ WINOGRAD = {"_LEAST_CHANNELS": 1, "_LEAST_TILES": {2: 1, 4: 1}}
 ONEDNN = {"_LEAST_CHANNELS": 1 << 30}
 FILTERS = (4, 4, 3, 3)
 Comparison = tuple[str, float, Callable[[], nn.Module], Tensor, dict[str, object], dict[str, object]]
-"""A constant, a value, a network, images, and the constants with and without the kernel that it decides for."""
+"""A constant, a value, a network, images, and the constants with and without the kernel that it selects."""
 
 
 def layers(channels: int) -> nn.Module:
@@ -41,7 +41,7 @@ def layers(channels: int) -> nn.Module:
 
 
 def masked(model: nn.Module, block: Sequence[int], density: float) -> nn.Module:
-    """Random blocks of the model's layers, but for those that read the images."""
+    """Random blocks of the model's layers, except those that read the images."""
     kept = masks.prune(model, density, block, scope="uniform", score=lambda name, weight: torch.rand(weight.shape))
     return sparsify(model, {name: mask for name, mask in kept.items() if mask.shape[1] > 3})
 

@@ -4,6 +4,9 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from sparse_adv import interruption  # noqa: F401  # before what takes time to import
+
+# isort: split
 from sparse_adv import attacks, engine, masks, nn, ops
 from sparse_adv.memory import keep_freed_memory
 from sparse_adv.nn import densify, explain, sparsify

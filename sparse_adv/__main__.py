@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from sparse_adv import __version__, doctor
+from sparse_adv import __version__, doctor, interruption
 from sparse_adv.commands.output import print_error
 from sparse_adv.tickets import TicketInvariantError
 from sparse_adv.training import distributed
@@ -33,7 +33,7 @@ COMMANDS = {
 }
 
 _LONGEST_WORD, _LONGEST = 300, 1000
-"""Characters of a value, such as a path, and of a whole message that are quoted in full."""
+"""Greatest numbers of characters of a value, such as a path, and of a whole message that are quoted in full."""
 
 DESCRIPTION = """\
 Masked sparse convolutions and a fused PGD step as PyTorch ops: fast robust training of sparse networks."""
@@ -48,8 +48,8 @@ EXAMPLE = """\
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
-    The exit code is 0, or 1 if a check failed, 2 if the input was wrong, 130 if it was stopped, 141 if the program that
-    read its output ended.
+    The exit code is 0 on success, 1 if a check failed, 2 if the input was wrong, 130 if the command was stopped, and
+    141 if the program that read its output ended.
     """
     _turn_sigterm_into_an_error(True)
     for name in ("stdout", "stderr"):
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, OSError):
             _discard_output()
         return 2
-    except Exception as error:  # an error that no reader and no check expected also ends with one sentence
+    except Exception as error:  # unexpected errors also end with one sentence
         _turn_sigterm_into_an_error(False)
         log.debug("where the error happened:", exc_info=True)
         print_error(f"error: {type(error).__name__}: {_sentence(error)} (sparse-adv -v ... shows where)")
@@ -86,20 +86,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(command: str, arguments: list[str]) -> int:
-    if command == "doctor":  # needs neither jsonargparse nor any other package of the command line
+    if command == "doctor":  # works without jsonargparse and the other packages of the command line
         _Parser(prog="sparse-adv doctor", description=doctor.__doc__).parse_args(arguments)
+        interruption.end()
         return doctor.run()
     from sparse_adv.commands import options
 
     module = importlib.import_module(f"sparse_adv.commands.{command}")
     parser = options.parser_of(command, module.Options, getattr(module, "CONFIGURABLE", False))
-    chosen = options.parse(parser, module.Options, arguments)
+    chosen = None
     try:
+        chosen = options.parse(parser, module.Options, arguments)
+        interruption.end()
         return module.run(chosen)
     except (KeyboardInterrupt, ConnectionError) as stop:
         if advice := getattr(chosen, "after_a_stop", None):
             stop.add_note(advice)
         raise
+    except ValueError as error:
+        raise ValueError(options.with_flag(str(error), arguments)) from error
 
 
 def _advice(stop: BaseException) -> list[str]:
@@ -108,7 +113,7 @@ def _advice(stop: BaseException) -> list[str]:
 
 
 def _discard_output() -> None:
-    """Discard output that could not be written: Python would write it again when it ends, and print a traceback."""
+    """Discard output that could not be written: else Python tries again when it ends, and prints a traceback."""
     try:
         sys.stdout.flush()
     except OSError:

@@ -1,4 +1,4 @@
-"""Arguments of public functions: types, checked against their annotations, and numbers of things."""
+"""Checks arguments of public functions: their types, against the annotations, and counts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _NOT_CHECKED = {float, object, inspect.Parameter.empty}
-"""Annotations of arguments that the functions check themselves, with their values, and what stands for none."""
+"""Annotations that are not checked here: for float and object the function checks the value itself, and `empty` stands
+for no annotation."""
 
 
 class _Shortened(Repr):
@@ -25,22 +26,23 @@ class _Shortened(Repr):
     def repr_instance(self, value: Any, level: int) -> str:
         shape = getattr(value, "shape", None)
         if isinstance(shape, tuple) and shape:
-            return f"a {type(value).__name__.lower()} of shape {tuple(shape)}"
+            kind = "an array" if isinstance(value, np.ndarray) else f"a {type(value).__name__.lower()}"
+            return f"{kind} of shape {tuple(shape)}"
         return super().repr_instance(value, level)
 
 
 def shortened(value: object) -> str:
-    """A value in one line of an error message: of a tensor or an array the shape, of others the ends of the repr.
+    """A value for one line of an error message: the shape of a tensor or an array, the ends of any other value's repr.
 
     Examples:
         >>> shortened(10**60), shortened(["a", np.zeros((2, 3))])
-        ('100000000000000000...0000000000000000000', "['a', a ndarray of shape (2, 3)]")
+        ('100000000000000000...0000000000000000000', "['a', an array of shape (2, 3)]")
     """
     return " ".join(_Shortened().repr(value).split())
 
 
 def check_count(name: str, count: object, least: int) -> None:
-    """Raise ValueError unless this is an integer of at least `least`, of 64 bits.
+    """Raise ValueError unless `count` is an integer from `least` to 2^63 - 1.
 
     Examples:
         >>> check_count("steps", 2.5, least=1)
@@ -57,8 +59,9 @@ def check_count(name: str, count: object, least: int) -> None:
 def checks_types(function: Callable[P, R]) -> Callable[P, R]:
     """Decorate a function so that it raises TypeError for an argument of a wrong type, naming argument and value.
 
-    Annotations that are classes, generic classes and unions of these are checked; of generic classes the class alone.
-    Text is no sequence. A call takes some microseconds more, so this is not for functions of single steps.
+    Annotations that are classes, generic classes and unions of these are checked; for a generic class, only the class
+    itself. Text does not count as a sequence. A call takes some microseconds more, so do not use this for functions of
+    single steps.
 
     Examples:
         >>> from collections.abc import Sequence
@@ -78,7 +81,7 @@ def checks_types(function: Callable[P, R]) -> Callable[P, R]:
         signature, classes = _of(function)
         try:
             given = signature.bind(*args, **kwargs)
-        except TypeError as error:  # which does not say of what
+        except TypeError as error:  # its message does not name the function
             raise TypeError(f"{function.__qualname__}() {error}") from None
         for name, value in given.arguments.items():
             wanted = classes.get(name)
@@ -92,7 +95,7 @@ def checks_types(function: Callable[P, R]) -> Callable[P, R]:
 
 @functools.cache
 def _of(function: Callable[..., Any]) -> tuple[inspect.Signature, dict[str, tuple[type, ...]]]:
-    """The signature, and the classes of each argument that is checked. Annotations may name what comes later."""
+    """The signature, and the classes of each checked argument. Annotations may name what is defined later."""
     signature = inspect.signature(function, eval_str=True)
     return signature, {name: tuple(_classes(each.annotation)) for name, each in signature.parameters.items()}
 

@@ -21,8 +21,8 @@ from sparse_adv.ops.masked_conv2d_mask import expand_blocks
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 TOLERANCE = {CPU: 1e-5, CUDA: 1e-4}
-"""Relative error. Sums of some hundred float32 products differ by less than 1e-5 when they are added in another order.
-On CUDA cuDNN chooses the algorithm, and those that transform images (Winograd, FFT) lose more bits.
+"""Largest accepted relative error. Sums of some hundred float32 products differ by less than 1e-5 when they are added
+in another order. On CUDA, cuDNN chooses the algorithm; those that transform images (Winograd, FFT) lose more bits.
 """
 
 
@@ -47,7 +47,7 @@ def run() -> int:
 
 
 def checks() -> list[tuple[str, torch.device, Callable[[], float]]]:
-    """Name, device and function of each check: all of them on the CPU, and on a GPU, if there is one, `CHECKS`."""
+    """Name, device and function of each check: all checks on the CPU and, if there is a GPU, `CHECKS` on it."""
     found = [(name, CPU, check) for name, check in CPU_CHECKS.items()]
     found += [(name, CPU, partial(check, CPU)) for name, check in CHECKS.items()]
     if torch.cuda.is_available():
@@ -73,13 +73,14 @@ def facts() -> dict[str, str]:
 
 
 def _gradients(out: Tensor, leaves: Sequence[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
-    """As `torch.autograd.grad(out, leaves, grad)`, which would first import SymPy: 1.8 s in the time of an op."""
+    """The same as `torch.autograd.grad(out, leaves, grad)`. That call would first import SymPy, and the 1.8 s would
+    count as the op's time."""
     return torch.autograd.grad((out * grad).sum(), leaves)
 
 
 @contextmanager
 def _without_tf32() -> Iterator[None]:
-    """On CUDA, convolutions as precise as float32: PyTorch's, and the Triton kernels, which follow its setting."""
+    """On CUDA, convolve in full float32, in PyTorch and in the Triton kernels, which follow PyTorch's setting."""
     setting = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     before = setting.fp32_precision
     setting.fp32_precision = "ieee"
@@ -143,7 +144,7 @@ def _pointwise(device: torch.device) -> float:
     expected_grad = reference.pointwise(x, residual=residual, gate=expected > 0)
     x, residual, scale, bias = (tensor.to(device) for tensor in (x, residual, scale, bias))
     gate = ops.empty_gate(x)
-    if device.type == "cuda":  # no op there, but a kernel of the engine
+    if device.type == "cuda":  # there it is a kernel of the engine, not an op
         from sparse_adv.kernels.pointwise import pointwise
 
         y = pointwise(x, scale, bias, residual, relu=True, gate_out=gate)
@@ -289,7 +290,7 @@ CPU_CHECKS: dict[str, Callable[[], float]] = {
     **{f"winograd_conv2d tile {tile}": partial(_winograd_conv2d, tile) for tile in (2, 4)},
     **{f"masked_conv2d {block} sparse": partial(_masked_conv2d, block, "sparse", CPU) for block in ((1, 1), (4, 1))},
 }
-"""Checks of what there is only on the CPU."""
+"""Checks of the ops that exist only on the CPU."""
 CHECKS: dict[str, Callable[[torch.device], float]] = {
     "masked_conv2d (32, 32) sparse": partial(_masked_conv2d, (32, 32), "sparse"),
     "masked_conv2d (1, 1) dense": partial(_masked_conv2d, (1, 1), "dense"),

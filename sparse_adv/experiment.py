@@ -1,4 +1,4 @@
-"""Whole runs, from configurations to a run folder: what the commands `search` and `train` and the demo do."""
+"""Whole runs, from configurations to a run folder, as the commands `search` and `train` and the demo make them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sparse_adv.masks.interchange.formats import GivenDensity
 from sparse_adv.nn import mac_density
 from sparse_adv.runs import Density, EpochRecord, RunInfo, SearchResult, TicketChecks, TicketSource, TrainResult
 from sparse_adv.training import Training, distributed, final_test
-from sparse_adv.training.checkpoint import read_metadata
+from sparse_adv.training.checkpoint import read_metadata, read_weights
 from sparse_adv.training.random_numbers import Stream, seed_of
 from sparse_adv.training.run_files import begin, resume
 from sparse_adv.training.update import updates_of
@@ -105,10 +105,10 @@ def read_pruned(
     format: str | None = None,
     dense: bool = False,
 ) -> masks.Ticket:
-    """Read masks and weights as `masks.load_pruned` does; the provenance of a run's weights says what the run does.
+    """Read masks and weights as `masks.load_pruned` does. If a run wrote the file, add its settings to the provenance.
 
-    It then has the keys that the ticket of a search has, network, images, training and cost among them, and the epoch
-    and the block of the masks.
+    The keys are those of a search's ticket, such as network, images, training and cost, and also the epoch and the
+    block of the masks.
 
     Args:
         path, mask_path, model, density, format, dense: as in `masks.load_pruned`.
@@ -130,7 +130,7 @@ def read_pruned(
     info = run.info
     about = _origin(info)
     about |= {name: value for name, value in json_files.to_json(info).items() if name in ("train", "block") and value}
-    epoch = read_metadata(path).get("epoch")  # that of a run that was killed may be before the last record
+    epoch = read_metadata(path).get("epoch")  # if the run was killed, it may be older than the last record
     record = next((record for record in run.records if record.epoch == epoch), None)
     if record is not None:
         about |= {"epoch": record.epoch, "cost": json_files.to_json(record.total)}
@@ -138,7 +138,7 @@ def read_pruned(
 
 
 def images_of(pruned: masks.Ticket, source: str) -> DataConfig | None:
-    """Return the images that the search of a ticket, or the run whose weights these are, had; None if it is not known.
+    """Return the data configuration of the search or run that wrote a ticket or weights; None if it is not recorded.
 
     Args:
         pruned: from `read_pruned`.
@@ -262,8 +262,8 @@ class TrainRun:
         dataset: the images, from `load_data`.
         device: of the network.
         ticket: a ticket and its description, from `ticket_to_train`; None to start from a dense network.
-        method: makes and changes masks in the course of training; None for none.
-        name: what reports call the run; None for the folder's name.
+        method: makes and changes masks during training; None for no method.
+        name: of the run in reports; None for the folder's name.
 
     Raises:
         BlockingIOError: if another process writes to the folder.
@@ -336,7 +336,7 @@ class TrainRun:
         self.lock = begin(folder, info)
         path = folder / runs.RESULT
         self.training: Training | None = None
-        """None for a finished run that has lost its state: its result is returned, its weights are not restored."""
+        """None for a finished run that has lost its state: its result is returned, but its weights are not restored."""
         if (folder / runs.STATE).exists() or not path.exists():
             self.training = Training(
                 self.model, self.batches, train, validation=dataset.validation, folder=folder, before=before, hook=hook
@@ -345,7 +345,7 @@ class TrainRun:
                 self.masks = hook.masks()
         resume(folder, info)
         self.result = json_files.read(TrainResult, path) if path.exists() else None
-        """None for an unfinished run. A file that appears in its folder later is not its own."""
+        """None for an unfinished run. A result file that appears later in its folder belongs to another run."""
 
     @property
     def updates(self) -> int:
@@ -353,13 +353,20 @@ class TrainRun:
         return updates_of(self.train, self.batches)
 
     def epochs(self, on_step: Callable[[int], None] | None = None) -> Iterator[EpochRecord]:
-        """Train; yield the record of each epoch when it has been written, at first those of an earlier call."""
+        """Train, and yield each epoch's record once it is written; records of an earlier call come first."""
         return iter(runs.read(self.folder).records) if self.training is None else self.training.epochs(on_step)
 
     def finish(self) -> TrainResult:
-        """Test the best weights on the test images and write `result.json`; a finished run has it already."""
+        """Test the best weights on the test images and write `result.json`; a finished run has it already.
+
+        Raises:
+            ValueError: if the file of the weights that a finished run has tested is damaged.
+        """
         self.lock.check()
         if self.result is not None:
+            tested = self.folder / (runs.BEST if self.result.tested == "best" else runs.LAST)
+            if tested.exists():  # it may have been deleted to save space
+                read_weights(tested)
             return self.result
         assert self.training is not None
         tickets.check_pruned_weights(self.model, self.masks)
@@ -376,7 +383,7 @@ def density_of(model: nn.Module, ticket_masks: dict[str, torch.Tensor], dataset:
 
 
 def _origin(info: RunInfo) -> JSONObject:
-    """What a ticket's provenance says of the run that it is from; nothing of what is not known."""
+    """The provenance entries that describe a run; unknown facts have no entry."""
     network, images = info.network, info.data
     about: JSONObject = {} if network is None else {"arch": network.arch, "width": network.width}
     about |= {} if images is None else {name: getattr(images, name) for name in _CHOICE_OF_IMAGES}

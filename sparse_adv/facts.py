@@ -35,7 +35,7 @@ class Machine:
     threads: int
     """Size of PyTorch's thread pool."""
     instruction_set: str
-    """The one that the CPU kernels of this library use."""
+    """The instruction set that this library's CPU kernels use."""
     gpu: str | None
 
 
@@ -66,7 +66,7 @@ def machine() -> Machine:
 
 
 def cpu_name() -> str:
-    """Return name, family and model of the processor from /proc/cpuinfo; without that file its architecture.
+    """Return name, family and model of the processor from /proc/cpuinfo; without that file, its architecture.
 
     Examples:
         >>> cpu_name() == machine().cpu
@@ -83,9 +83,9 @@ def cpu_name() -> str:
 
 
 def commit() -> str | None:
-    """Return the git commit of this code, with "-dirty" if files were changed since; None where it is not known.
+    """Return the git commit of this code, with "-dirty" if files were changed since; None if it is not known.
 
-    The environment variable COMMIT wins over git: it names the commit of a copy without a repository. The
+    The environment variable COMMIT takes precedence over git: it names the commit of a copy without a repository. A
     repository around an installed package does not count.
 
     Examples:

@@ -1,7 +1,7 @@
 """Safe reading of pickled NumPy arrays, without NumPy's own unpickling code, which trusts the file.
 
-NumPy's `dtype.__setstate__` accepts flags that make it take bytes of the file for pointers. Here other classes take the
-place of NumPy's while the pickle is read, and arrays of plain numbers are then made of their contents.
+NumPy's `dtype.__setstate__` accepts flags with which NumPy uses bytes of the file as pointers. Here other classes take
+the place of NumPy's while the pickle is read; arrays of plain numbers are then made from their contents.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ import numpy as np
 
 _DTYPE = re.compile(r"[?]|b1|[iu][1248]|f[248]")
 _MOST_SHARED = 64
-"""How often an object may be contained on average: a pickle has it once, and users of the value copy it each time."""
+"""Largest average number of times that an object may be contained: a pickle holds it once, but every use copies it."""
 _MODULES = ("numpy.core.multiarray", "numpy._core.multiarray", "numpy.core.numeric", "numpy._core.numeric")
 
 
 def unpickle_arrays(file: IO[bytes]) -> Any:
     """Read a pickle that consists of NumPy arrays and Python's own containers, numbers and text.
 
-    Nothing else is unpickled, so that a malicious file cannot run code, read memory or fill it: objects that are
-    contained several times count as often. Arrays are of bool, integers or floats; an object array, as of a list of
-    masks, is returned as a list.
+    Nothing else is unpickled, so a malicious file cannot run code, read memory or fill it. For the size limit, an
+    object that is contained n times counts n times. Arrays hold bool, integers or floats; an object array, such as a
+    list of masks, is returned as a list.
 
     Args:
         file: open for reading bytes. Text that Python 2 pickled is returned as bytes.
@@ -96,7 +96,7 @@ def _from_buffer(content: Any, dtype: PlainDtype, shape: Any, order: str) -> np.
 
 
 def _encode(text: str, encoding: str = "utf-8", *_: Any) -> bytes:
-    """Stand in for `_codecs.encode`, which gives the bytes of arrays that Python 2 pickled; others could grow."""
+    """Stand in for `_codecs.encode`, which gives the bytes of arrays from Python 2. Other codecs could expand them."""
     if str(encoding) not in ("latin1", "latin-1"):
         raise pickle.UnpicklingError(f"it asks for the codec {encoding!r:.30}")
     return text.encode("latin1")
@@ -114,7 +114,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def _check_memo(content: bytes) -> None:
-    """Raise if an object is to be remembered under a number that is too large: a table of that size would be made."""
+    """Raise if the pickle gives an object a very large number: unpickling would allocate a table of that size."""
     for number, (operation, argument, _) in enumerate(pickletools.genops(content)):
         if "PUT" in operation.name and isinstance(argument, int) and argument > number:
             raise pickle.UnpicklingError(f"it numbers an object {argument} after {number} operations")
@@ -136,7 +136,7 @@ def _resolved(value: Any, known: dict[int, Any]) -> Any:
 
 
 def _size(value: Any, known: dict[int, int]) -> int:
-    """The bytes of arrays, and the elements of containers, if every object is copied as often as it is contained."""
+    """Bytes of arrays plus elements of containers, if every object is copied as often as it is contained."""
     if isinstance(value, np.ndarray):
         return value.nbytes
     if not isinstance(value, list | tuple | dict):

@@ -13,12 +13,12 @@ from typing import IO, Any
 import torch
 
 _LONGEST_NAME = 1000
-"""Characters in the name of a class or function. PyTorch's error messages take time quadratic in it: minutes for
-75,000."""
+"""Most characters in the name of a class or function. PyTorch's error messages take time quadratic in this length:
+minutes for 75,000."""
 
 
 def load(file: IO[bytes], device: torch.device | str = "cpu") -> Any:
-    """Read a file with `torch.load(weights_only=True)`, which runs no code in it.
+    """Read a file with `torch.load(weights_only=True)`, which runs no code from it.
 
     Args:
         file: open for reading bytes.
@@ -38,6 +38,8 @@ def load(file: IO[bytes], device: torch.device | str = "cpu") -> Any:
         with zipfile.ZipFile(file) as archive:
             if any("/code/" in name for name in archive.namelist()):
                 raise ValueError("it is a TorchScript program: save the state_dict() of its module")
+            if archive.namelist() and all(name.endswith(".npy") for name in archive.namelist()):
+                raise ValueError("it is a NumPy archive (.npz): save its arrays as tensors with torch.save")
             if not any(name.endswith("data.pkl") for name in archive.namelist()):
                 raise ValueError("it is a zip archive that torch.save did not write")
             if sum(entry.file_size for entry in archive.infolist()) > size:
@@ -53,7 +55,7 @@ def load(file: IO[bytes], device: torch.device | str = "cpu") -> Any:
 
 
 def refused_object(error: Exception) -> str | None:
-    """The class or function in a file for which `load` has refused it; None if the error is another.
+    """The class or function because of which `load` refused a file; None if it failed for another reason.
 
     Examples:
         >>> file = io.BytesIO()
@@ -69,14 +71,14 @@ def refused_object(error: Exception) -> str | None:
 
 
 def why_refused(error: Exception) -> str | None:
-    """In words, that `load` has refused a class or function in a file; None if the error is another."""
+    """Words for the refusal of a class or function by `load`; None if it failed for another reason."""
     refused = refused_object(error)
     return refused and f"it contains {refused}, which is neither a tensor nor plain data"
 
 
 def _check_names(file: IO[bytes]) -> None:
-    """Raise UnpicklingError for a long name in the pickles that a file begins with; before torch 1.6 it had several."""
-    with suppress(ValueError):  # the file is no pickle, which torch.load says
+    """Raise UnpicklingError for a very long name in the pickles at the start of a file (before torch 1.6, several)."""
+    with suppress(ValueError):  # the file is no pickle: torch.load says so
         while file.read(1) == b"\x80":
             file.seek(-1, io.SEEK_CUR)
             for opcode, argument, _ in pickletools.genops(file):

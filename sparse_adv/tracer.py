@@ -1,4 +1,4 @@
-"""Tracing with torch.fx in a process of several threads."""
+"""Tracing with torch.fx in a process with several threads."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx, nn
 
 lock = threading.RLock()
-"""Held by the thread that traces: two threads that replace the methods of nn.Module at once would not restore them."""
+"""Held by the thread that traces: two threads that replace methods of nn.Module at once would not restore them."""
 
 
 class Tracer(fx.Tracer):
@@ -21,7 +21,7 @@ class Tracer(fx.Tracer):
     torch.fx replaces `nn.Module.__call__` and `__getattr__` in the whole process while it traces.
 
     Attributes:
-        part: the module being traced, None for the model itself; after an error, the one in which it arose.
+        part: the module being traced, None for the model itself; after an error, the module that raised it.
         place: its name, for error messages.
     """
 
@@ -41,7 +41,7 @@ class Tracer(fx.Tracer):
         """The arguments of the call that is traced; Python adds the defaults, or says which argument is missing."""
         model = [self.root] if is_module else []
         first = list(inspect.signature(root_fn).parameters.values())[len(model)]
-        if first.kind is first.VAR_POSITIONAL:  # the code of DataParallel then depends on how many there are
+        if first.kind is first.VAR_POSITIONAL:  # the code of DataParallel depends on the number of arguments
             raise ValueError(f"it takes any number of inputs, *{first.name}")
         return root_fn, [*model, self.create_proxy("placeholder", first.name, (), {})]
 
@@ -60,7 +60,7 @@ class Tracer(fx.Tracer):
         return super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        """The attribute of a module, or for parameters in some traces a proxy."""
+        """A module's attribute, or a proxy for a parameter where the trace records parameters."""
         if threading.get_ident() != self._thread:
             return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)

@@ -151,7 +151,7 @@ def test_shuffled_masks_of_a_run_have_the_block_that_it_trained(tmp_path, datase
         model, batches = models.build("digits_cnn", width=4), experiment.make_batches(IMAGES, dataset, 3)
         training.train(model, batches, one, folder=out, hook=methods.SparseTraining(method))
     else:
-        pruned = masks.prune(models.build("digits_cnn", width=4, seed=3), 0.4, (3, 1), "uniform")
+        pruned = masks.prune(models.build("digits_cnn", width=4, seed=3), 0.4, (3, 1), scope="uniform")
         found = replace(ticket[0], masks=pruned, provenance={"prune": {"block": [3, 1]}})
         source = TicketSource("sha", shuffle=trains == "a shuffled ticket")
         list(experiment.TrainRun(out, one, IMAGES, NETWORK, dataset, CPU, ticket=(found, source)).epochs())
@@ -218,6 +218,17 @@ def test_a_finished_run_without_its_state_returns_its_records_and_result(tmp_pat
     with pytest.raises(FileNotFoundError, match=r"not the state\.pt"):
         experiment.TrainRun(tmp_path, replace(TRAIN, epochs=TRAIN.epochs + 1), IMAGES, NETWORK, dataset, CPU)
     assert runs.read(tmp_path).result == result and runs.read(tmp_path).info.train == TRAIN
+
+
+def test_a_finished_run_whose_weights_are_damaged_is_not_called_done(tmp_path, dataset):
+    run = experiment.TrainRun(tmp_path, TRAIN, IMAGES, NETWORK, dataset, CPU)
+    list(run.epochs())
+    name = runs.BEST if run.finish().tested == "best" else runs.LAST
+    (tmp_path / runs.STATE).unlink()  # from which the last epoch's weights would be written again
+    weights = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(ValueError, match=rf"{name}' is not a readable file of weights"):
+        experiment.TrainRun(tmp_path, TRAIN, IMAGES, NETWORK, dataset, CPU).finish()
 
 
 def test_a_refused_extension_leaves_a_finished_run_as_it_was(tmp_path, dataset):

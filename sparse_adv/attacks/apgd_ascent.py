@@ -20,12 +20,12 @@ from sparse_adv.attacks.zero_gradients import warn_if_zero
 from sparse_adv.ops.random_start import as_philox_state
 
 MOMENTUM = 0.75
-"""Weight of the newest step; the step before has the rest."""
+"""Weight of the newest step; the step before gets the rest."""
 
 
 @dataclass(frozen=True)
 class AscentSettings:
-    """What all ascents of an attack share; `apgd` documents it."""
+    """The settings that all ascents of an attack share; `apgd` documents them."""
 
     ball: Ball
     steps: int
@@ -49,7 +49,7 @@ class _State:
     """Place of each image in the batch."""
     clean: Tensor
     arguments: tuple[Tensor, ...]
-    """Arguments of the loss behind the logits: labels, and targets if there are any."""
+    """Arguments of the loss after the logits: labels, and targets if there are any."""
     x: Tensor
     previous: Tensor
     gradient: Tensor
@@ -99,10 +99,10 @@ class Attacker:
         self.wrong_classes = logits.masked_fill(true, -math.inf).argsort(1, descending=True)[:, :-1]
 
     def ascend(self, objective: Callable[..., Tensor], rank: int | None = None) -> None:
-        """One start and all steps for the images that are still robust; with eot_iter 1 each leaves when it falls.
+        """One start and all steps for the images that are still robust; with eot_iter 1 an image leaves when it falls.
 
         Args:
-            objective: the loss of each image, of logits and labels, and of the targets if there is a rank.
+            objective: computes the loss of each image from logits and labels, and from targets if there is a rank.
             rank: the targets are the wrong classes of this rank.
         """
         if not len(self._robust):
@@ -202,13 +202,13 @@ class Attacker:
         state.step = state.step.where(~halve, state.step / 2)
         state.x = state.best.where(per_image(halve, state.x), state.x)
         state.gradient = state.best_gradient.where(per_image(halve, state.x), state.gradient)
-        # `loss` is not set to the highest one: as in the paper, the next step is compared with the point that was left.
+        # `loss` is not set to the highest loss: as in the paper, the next step is compared with the point just left.
         state.halved, state.checked_loss = halve, state.best_loss
         state.rises = torch.zeros_like(state.rises)
 
 
 def _checkpoints(steps: int) -> Iterator[int]:
-    """The steps after which step sizes are reconsidered."""
+    """The steps after which step sizes may be halved."""
     before, fraction = 0.0, 0.22
     while fraction <= 1:
         yield math.ceil(round(fraction * steps, 6))  # 0.41 * 100 would be 41.000000000000004

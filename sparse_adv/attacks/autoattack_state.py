@@ -1,4 +1,4 @@
-"""The progress of a run of AutoAttack, as a safetensors file from which it can continue, and its result."""
+"""The progress of a run of AutoAttack, in a safetensors file from which the run can continue, and its result."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from sparse_adv.files import write_bytes
 
 _TENSORS = ("adversarial", "predictions", "robust", "pending", "logits")
 _COMPARED = 8
-"""Number of images whose clean logits are compared, to refuse a run that is continued with another function."""
+"""Number of images whose clean logits are compared, to refuse to continue a run with another function."""
 _TOLERANCE = 1e-3
-"""Largest difference of logits, relative to the largest logit; another device or number of threads causes less."""
+"""Largest accepted difference of logits, relative to the largest; another device or number of threads causes less."""
 
 
 class OtherRunError(ValueError):
-    """A state is of another model, other images or other options."""
+    """A state that belongs to another model, other images or other options."""
 
 
 @dataclass
@@ -46,7 +46,7 @@ class State:
     accuracy: dict[str, float]
     unconfirmed: dict[str, int]
     seconds: float = 0.0
-    """Time of all processes that worked on the run, up to the last file that each wrote."""
+    """Time of all processes that worked on the run, each up to the last file that it wrote."""
     _due: float = field(default=-math.inf, init=False, repr=False, compare=False)
 
     @classmethod
@@ -58,9 +58,9 @@ class State:
         return cls(fingerprint, seed, images.clone(), logits.argmax(1), robust, pending, first, accuracy, {})
 
     def check_logits(self, logits: Tensor, path: Path) -> None:
-        """Raise ValueError unless the model returned these clean logits when the run was begun.
+        """Raise ValueError unless the model returned these clean logits when the run began.
 
-        Parameters and buffers do not tell plain functions apart, nor modules whose code differs.
+        Parameters and buffers cannot distinguish plain functions, or modules whose code differs.
         """
         count = min(len(logits), len(self.logits))
         now, then = first_logits(logits[:count]), self.logits[:count]
@@ -79,18 +79,18 @@ class State:
         self._due = ended + 9 * (ended - began)
 
     def write_if_due(self, path: Path) -> None:
-        """Write the file, which holds all images, unless writing would then take more than a tenth of the time."""
+        """Write the file, unless writing all images would then take more than a tenth of the time."""
         if time.perf_counter() >= self._due:
             self.write(path)
 
     def result(self, name: str, budgets: str, signs: list[str]) -> Result:
-        """What a run has found that ends in this state."""
+        """The result of a run that ends in this state."""
         of_images = self.adversarial, self.predictions, self.robust
         return Result(name, budgets, *of_images, self.accuracy, self.unconfirmed, signs, self.seconds)
 
     @classmethod
     def read(cls, path: Path, fingerprint: str) -> State:
-        """Read the file; raise ValueError if it is no such file, or of another run."""
+        """Read the file; raise ValueError if it is not a state, or belongs to another run."""
         try:
             with safe_open(path, "pt") as file:
                 known, seed, accuracy, unconfirmed, seconds = json.loads(
@@ -98,7 +98,8 @@ class State:
                 )
                 tensors = {name: file.get_tensor(name) for name in _TENSORS}
         except (SafetensorError, KeyError, ValueError, TypeError) as error:
-            raise ValueError(f"state_path {path} is no state of AutoAttack: {error}") from error
+            reason = f"it lacks the key {error}" if isinstance(error, KeyError) else str(error)
+            raise ValueError(f"state_path {path} is no state of AutoAttack: {reason}") from error
         if known != fingerprint:
             others = "another model, other images or other options"
             raise OtherRunError(f"state_path {path} is of {others}: name another file")
@@ -114,7 +115,7 @@ class Result:
     budgets: str
     """The attacks in their order, each with its budget."""
     adversarial: Tensor = field(repr=False)
-    """For each image the example that was found, else the image itself."""
+    """For each image the example found, else the image itself."""
     predictions: Tensor = field(repr=False)
     """The model's class of each row of `adversarial`."""
     robust: Tensor = field(repr=False)
@@ -122,15 +123,16 @@ class Result:
     accuracy: dict[str, float]
     """Robust accuracy, "clean" and after each attack, in their order."""
     unconfirmed: dict[str, int]
-    """For each attack the number of unconfirmed examples: it claimed them, and verification did not confirm them.
+    """For each attack the number of unconfirmed examples: the attack claimed them, but verification did not confirm
+    them.
 
     Their images are attacked again in float32 and without the engine. Attacks that average gradients (eot_iter > 1)
-    count none: of a model that draws random numbers, one pass decides, as in the authors' implementation.
+    count none: with a model that draws random numbers, one pass decides, as in the authors' implementation.
     """
     signs: list[str]
     """Signs that the number is not to be trusted, see `signs_of_masking`."""
     seconds: float
-    """Time of the attacks; of a run that was interrupted, the sum over all processes that worked on it."""
+    """Time of the attacks; for an interrupted run, the sum over all processes that worked on it."""
 
 
 def first_logits(logits: Tensor) -> Tensor:
@@ -139,7 +141,7 @@ def first_logits(logits: Tensor) -> Tensor:
 
 
 def fingerprint(text: str, tensors: Iterable[Tensor]) -> str:
-    """SHA-256 of a text and of the bytes of tensors; of a DTensor, as FSDP2 makes them, the part of this process.
+    """SHA-256 of a text and of the bytes of tensors; of a DTensor (FSDP2), only this process's part counts.
 
     Examples:
         >>> len(fingerprint("linf", [torch.zeros(2)]))
@@ -148,7 +150,7 @@ def fingerprint(text: str, tensors: Iterable[Tensor]) -> str:
     digest = hashlib.sha256(text.encode())
     for tensor in (each.to_local() if hasattr(each, "to_local") else each for each in tensors):
         digest.update(repr((tensor.dtype, tuple(tensor.shape))).encode())
-        # A copy, because storage that NumPy has seen cannot be resized, and FSDP2 resizes its own.
+        # A copy, because a storage that NumPy has seen cannot be resized, but FSDP2 resizes its storages.
         copied = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         digest.update(copied.flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

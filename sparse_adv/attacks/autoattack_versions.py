@@ -1,4 +1,4 @@
-"""The versions of AutoAttack: which attacks they run, with which budgets."""
+"""The versions of AutoAttack: their attacks and budgets."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sparse_adv.ops.arguments import check_flag, check_integer
 
 
 class _Checked:
-    """Settings that are checked when they are set; only those that exist can be set."""
+    """Settings that are checked when they are set; only existing settings can be set."""
 
     __slots__ = ()
 
@@ -52,7 +52,7 @@ class TargetedAPGDSettings(APGDSettings):
 
 @dataclass(slots=True)
 class FABSettings(_Checked):
-    """Settings of fab and fab-t, which has one start whatever n_restarts; `attacks.fab` documents them."""
+    """Settings of fab and fab-t; fab-t ignores n_restarts and has one start. `attacks.fab` documents them."""
 
     n_restarts: int = 1
     n_iter: int = 100
@@ -101,7 +101,7 @@ _BOUNDARY = {"alpha_max": "alpha_max", "eta": "eta", "beta": "beta"}
 
 @dataclass(frozen=True)
 class Member:
-    """One attack of the sequence: the name of its settings, the attack, and what that calls each of the settings."""
+    """One attack of the sequence: the name of its settings, the attack, and the attack's argument for each setting."""
 
     settings: str
     attack: Callable[..., Tensor]
@@ -113,9 +113,10 @@ class Member:
         return {argument: getattr(own, name) for name, argument in self.arguments.items()}
 
     def budget(self, settings: Settings, classes: int) -> str:
-        """The settings in words; numbers of restarts that are no part of a version, and others, only if unusual.
+        """The settings in words: steps, queries, targets, restarts of apgd and fab, and others only if they are
+        unusual.
 
-        Of target classes there are at most `classes - 1`.
+        There are at most `classes - 1` target classes.
         """
         own, usual = getattr(settings, self.settings), getattr(Settings(), self.settings)
         words = []
@@ -156,7 +157,7 @@ VERSIONS = {
 
 
 _LEAST_CLASSES = {"apgd-dlr": 3, "apgd-t": 4}
-"""Number of classes that the loss of an attack is defined for."""
+"""Least number of classes for which the loss of an attack is defined."""
 
 
 def with_enough_classes(names: Sequence[str], classes: int) -> int:
@@ -182,7 +183,7 @@ def with_enough_classes(names: Sequence[str], classes: int) -> int:
 
 
 def _of_ball(name: str) -> property:
-    """A property that reads and replaces one of the values of the ball, which are then all checked again."""
+    """A property that reads and replaces one value of the ball; all of its values are then checked again."""
 
     def read(attack: Versioned) -> Any:
         return getattr(attack.ball, name)
@@ -194,7 +195,7 @@ def _of_ball(name: str) -> property:
 
 
 class Versioned:
-    """An object with a version, its attacks, their settings and ball, and a seed; all may be set between two runs."""
+    """An object with a version, its attacks, their settings, a ball and a seed; all may be set between two runs."""
 
     version: str
     settings: Settings
@@ -213,10 +214,10 @@ class Versioned:
     def seed(self, seed: int | None) -> None:
         if seed is not None:
             check_integer("seed", seed)
-        self._seed = None if seed is None else int(seed)  # arithmetic with NumPy's integers overflows
+        self._seed = None if seed is None else int(seed)  # NumPy's integers overflow in arithmetic
 
     def set_version(self, version: str = "standard", attacks_to_run: Sequence[str] = ()) -> None:
-        """Choose the budgets of a version and its attacks, for "custom" those given; settings made before are lost."""
+        """Choose the budgets and attacks of a version; "custom" takes the given attacks. Earlier settings are lost."""
         if not isinstance(version, str) or version not in VERSIONS:
             raise ValueError(f"version must be {', '.join(map(repr, VERSIONS))}, got {shortened(version)}")
         names = _names(attacks_to_run)
@@ -226,7 +227,7 @@ class Versioned:
 
     @property
     def attacks_to_run(self) -> tuple[str, ...]:
-        """Names of the attacks, in their order; they may be set after the constructor too."""
+        """Names of the attacks, in their order; they may also be set after construction."""
         return self._attacks_to_run
 
     @attacks_to_run.setter
@@ -245,7 +246,7 @@ class Versioned:
 
     @property
     def fab(self) -> FABSettings:
-        """Settings of fab and fab-t: n_restarts (of fab alone), n_iter, n_target_classes, alpha_max, eta, beta."""
+        """Settings of fab and fab-t: n_restarts (only of fab), n_iter, n_target_classes, alpha_max, eta, beta."""
         return self.settings.fab
 
     @property
@@ -255,7 +256,7 @@ class Versioned:
 
 
 def _names(names: Sequence[str]) -> tuple[str, ...]:
-    """The names of attacks; TypeError or ValueError if they are anything else."""
+    """The names of attacks; raises TypeError or ValueError for anything else."""
     if isinstance(names, str | bytes) or not isinstance(names, Sequence):
         raise TypeError(f"attacks_to_run must be a sequence of names, got {shortened(names)}")
     for name in names:

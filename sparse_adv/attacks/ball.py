@@ -13,16 +13,16 @@ from sparse_adv.ops.arguments import check_number, check_tensors
 from sparse_adv.ops.pgd_step import check_alpha, check_ball
 
 Values = float | Tensor
-"""One number, or a float tensor of one for each image [N] (eps, alpha) or for each channel [C] (lo, hi)."""
+"""One number, or a float tensor with one number for each image [N] (eps, alpha) or for each channel [C] (lo, hi)."""
 
 _MARGIN_OF_ROUNDING = 8
-"""The radius of the l2 ball is reduced by this many units of rounding, so that a norm rounded up is not above eps."""
+"""The radius of the l2 ball is reduced by this many units of rounding, so that a rounded norm does not exceed eps."""
 
 
 class Ball(NamedTuple):
     """The images that an attack may produce: within eps of the clean images in a norm, pixel values in [lo, hi].
 
-    Tensors in it are of one dimension, as a user gives them, until `on` shapes them for a batch.
+    Its tensors have one dimension, as a user gives them, until `on` shapes them for a batch.
     """
 
     eps: Values
@@ -38,7 +38,7 @@ class Ball(NamedTuple):
         Raises:
             ValueError: if eps does not have one value for each image, or lo or hi one for each channel.
         """
-        if not isinstance(images, Tensor):  # `check_batch` refuses it, with a clearer message than here
+        if not isinstance(images, Tensor):  # `check_batch` refuses it with a clearer message
             return self
         check_shapes(images, eps=self.eps, lo=self.lo, hi=self.hi)
         eps = self.eps
@@ -49,7 +49,7 @@ class Ball(NamedTuple):
         return Ball(eps, self.norm, lo, hi)
 
     def of(self, index: Tensor) -> Ball:
-        """The ball of some of the images, which an index or a mask selects."""
+        """The ball for some of the images, selected by an index or a mask."""
         return self._replace(eps=self.eps[index]) if isinstance(self.eps, Tensor) else self
 
     @property
@@ -59,7 +59,7 @@ class Ball(NamedTuple):
 
     @property
     def eps_in_words(self) -> str:
-        """eps as a number, or the range of those of all images."""
+        """eps as a number, or the range of the values of all images."""
         eps = self.eps
         return f"{eps.min():g} to {eps.max():g}" if isinstance(eps, Tensor) else f"{eps:g}"
 
@@ -83,10 +83,10 @@ def ball_around(images: Tensor, eps: Values, norm: str, lo: Values, hi: Values) 
 
 
 def checked_ball(eps: Values, norm: str, lo: Values, hi: Values) -> Ball:
-    """The ball that a user describes, or one for each image.
+    """The checked ball that a user describes; its tensors are not shaped for a batch yet.
 
     Raises:
-        TypeError, ValueError: as `ball_around`, but for the length of tensors.
+        TypeError, ValueError: as `ball_around`, except for the length of tensors.
     """
     radii, lows, highs = _extremes("eps", eps), _extremes("lo", lo), _extremes("hi", hi)
     norm = check_ball(radii[0], norm, lows[0], highs[1])
@@ -102,18 +102,18 @@ def checked_ball(eps: Values, norm: str, lo: Values, hi: Values) -> Ball:
 
 
 def check_radius(eps: Values) -> None:
-    """Raise TypeError or ValueError unless this is a number, or a tensor of one for each image."""
+    """Raise TypeError or ValueError unless this is a radius, or a tensor with one for each image."""
     check_number("eps", _extremes("eps", eps)[0])
 
 
 def check_finite_radius(eps: Values) -> None:
-    """Raise ValueError unless the radius, or that of each image, is finite."""
+    """Raise ValueError unless the radius, or each image's radius, is finite."""
     if bool(eps.isinf().any()) if isinstance(eps, Tensor) else eps == torch.inf:
         raise ValueError("eps must be finite, got inf")
 
 
 def step_sizes(images: Tensor, alpha: Values) -> Values:
-    """Check a step size, or a tensor of one for each image, which gets a shape that broadcasts with the images.
+    """Check a step size, or a tensor with one for each image; it gets a shape that broadcasts with the images.
 
     Raises:
         TypeError: if alpha is neither a number nor a float tensor of one dimension.
@@ -146,7 +146,7 @@ def of_channels(values: Tensor, images: Tensor) -> Tensor:
 
 
 def into_ball(adv: Tensor, images: Tensor, ball: Ball) -> Tensor:
-    """The images that are nearest in a ball, with `distance(result, images, norm) <= eps` without slack for rounding.
+    """The nearest images in a ball, so that `distance(result, images, norm) <= eps` without slack for rounding.
 
     That holds in the dtype of the images and in float64.
 
@@ -168,7 +168,7 @@ def into_ball(adv: Tensor, images: Tensor, ball: Ball) -> Tensor:
         return ball.clamp(adv.clamp(low, high))
     offset = adv.double() - exact
     length = per_image(torch.linalg.vector_norm(offset.flatten(1), dim=1), images)
-    # Rounding of the sum can move an image outside again, and further in a dtype of fewer bits.
+    # Rounding the sum can move an image outside again, by more in a dtype with fewer bits.
     units, inside = _MARGIN_OF_ROUNDING, adv
     outside = (length > eps * (1 - units * step)) | (per_image(distance(adv, images, ball.norm), images) > eps)
     while bool(outside.any()):
@@ -186,7 +186,7 @@ def _rounded_down(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _extremes(name: str, value: Any) -> tuple[Any, Any]:
-    """The least and the greatest value, NaN if there is one; a number twice."""
+    """The least and the greatest value, both NaN if one is NaN; a number counts as both."""
     if not isinstance(value, Tensor):
         return value, value
     check_tensors(**{name: value})
@@ -195,7 +195,7 @@ def _extremes(name: str, value: Any) -> tuple[Any, Any]:
         raise TypeError(
             f"{name} must be a number or a float tensor of one dimension, got {value.dtype} {[*value.shape]}"
         )
-    if not len(value):  # for a batch of no image
+    if not len(value):  # for a batch without images
         return 0.0, 0.0
     least, greatest = value.detach().double().aminmax()
     return least.item(), greatest.item()

@@ -1,9 +1,10 @@
-"""`Attack`: what the attacks as objects share, in the shape of torchattacks."""
+"""`Attack`: the base class of attack objects, with the interface of torchattacks."""
 
 from __future__ import annotations
 
 import copy
 import functools
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -33,9 +34,9 @@ from sparse_adv.attacks.targets import TargetFunction, Targets, given_targets, l
 class Attack(ABC):
     """An attack bound to a model: `adv = attack(images, labels)`.
 
-    A subclass computes the examples in `forward`, and sets `supports_targets` to False if labels cannot be classes to
-    reach, and `needs_labels` if it takes none. Its constructor sets its options, which may be set again between two
-    calls. Setting a public attribute that it has not set raises AttributeError.
+    A subclass computes the examples in `forward`. It sets `supports_targets` to False if labels cannot be classes to
+    reach, and `needs_labels` to False if it needs no labels. Its constructor sets its options, which may be set again
+    between two calls. Setting a public attribute that the constructor has not set raises AttributeError.
 
     Args:
         model: maps images to logits [N, classes]; a module, or a plain function.
@@ -73,7 +74,7 @@ class Attack(ABC):
         self._complete = type(self).__init__ is Attack.__init__
 
     def __init_subclass__(cls) -> None:
-        """Let the constructor end with the mark that `__setattr__` reads."""
+        """Let the constructor set a mark at its end; `__setattr__` reads it."""
         super().__init_subclass__()
         if "__init__" not in vars(cls):
             return
@@ -82,7 +83,7 @@ class Attack(ABC):
         @functools.wraps(construct)
         def constructed(self: Attack, *args: Any, **options: Any) -> None:
             construct(self, *args, **options)
-            if type(self).__init__ is constructed:  # and not that of a subclass, which goes on
+            if type(self).__init__ is constructed:  # a subclass's constructor would still go on
                 self._complete = True
 
         cls.__init__ = constructed  # type: ignore[method-assign]
@@ -112,7 +113,8 @@ class Attack(ABC):
             labels = self._target_function(self.get_logits, images, self._labels_or_predictions(images, labels))
         model, normalized = self.model, self._normalization
         if normalized is not None:
-            # The engine leaves plain functions to autograd, normalised ones too: a method would count as its module.
+            # The engine leaves plain functions to autograd, also normalised ones. A bound method would count as its
+            # module.
             model = normalized if normalized.traceable else partial(_normalized, normalized)
             images = normalized.undo(images, self._box_of(images))
         if self._training is not None:
@@ -162,7 +164,7 @@ class Attack(ABC):
         Gradients are then left to autograd. Running statistics of BatchNorm stay as they are.
 
         Args:
-            model_training: whether all modules are in training mode, but those of the next two arguments.
+            model_training: whether all modules except those of the next two arguments are in training mode.
             batchnorm_training: whether BatchNorm layers are too, and use the statistics of the batch.
             dropout_training: whether dropout layers are too, and drop.
         """
@@ -170,11 +172,11 @@ class Attack(ABC):
 
     @staticmethod
     def to_type(inputs: Tensor, type: str) -> Tensor:
-        """Images of bytes as float ("float"), or of float as bytes, rounded down ("int"); others as they are."""
+        """Byte images as float ("float"), or float images as bytes, rounded down ("int"); others unchanged."""
         return saved.to_type(inputs, type)
 
     def for_images(self, index: Tensor) -> Attack:
-        """This attack for some images of a batch: an eps or alpha of one value for each image is reduced to them."""
+        """This attack for some images of a batch: eps and alpha are indexed if they are tensors."""
         values = {name: getattr(self, name, None) for name in ("eps", "alpha")}
         own = {name: value[index.to(value.device)] for name, value in values.items() if isinstance(value, Tensor)}
         attack = copy.copy(self)
@@ -183,7 +185,7 @@ class Attack(ABC):
 
     @property
     def model(self) -> Model:
-        """The model under attack; to set it is `set_model`."""
+        """The model under attack; assigning to it calls `set_model`."""
         return self._model
 
     @model.setter
@@ -220,7 +222,7 @@ class Attack(ABC):
 
     @property
     def labels_are_targets(self) -> bool:
-        """Whether labels are the classes to reach; with other targets than these they are the true classes."""
+        """Whether labels are the classes to reach; in all other modes they are the true classes."""
         return self.targeted and self._target_function is None
 
     def get_mode(self) -> str:
@@ -246,14 +248,14 @@ class Attack(ABC):
         Args:
             data_loader: batches (images, labels).
             save_path: the file; None to write none.
-            verbose: print the robust accuracy in percent and the mean l2 distance of the examples that are not robust.
-            return_verbose: return both, and the seconds of a batch.
+            verbose: print the robust accuracy in percent and the mean l2 distance of the adversarial examples.
+            return_verbose: return both, and the seconds per batch.
             save_predictions, save_clean_inputs: whether the file also gets preds and clean_inputs.
-            save_type: "float", or "int" for bytes: the pixels times 255, rounded down, may leave the ball.
+            save_type: "float", or "int" for bytes: pixels times 255, rounded down, so they may leave the ball.
 
         Returns:
-            The robust accuracy in percent, the mean distance (0 without an example) and the seconds of a batch if
-            return_verbose, else None.
+            With return_verbose the robust accuracy in percent, the mean distance (0 if there is no adversarial example)
+            and the seconds per batch; else None.
 
         Raises:
             ValueError: if save_type has another value or there is no image.
@@ -275,7 +277,7 @@ class Attack(ABC):
         load_predictions: bool = False,
         load_clean_inputs: bool = False,
     ) -> DataLoader[tuple[Tensor, ...]]:
-        """Read a file of `save`, or of torchattacks, which cannot run code.
+        """Read a file that `save` or torchattacks wrote. Reading it runs no code.
 
         Args:
             load_path: the file.
@@ -284,11 +286,11 @@ class Attack(ABC):
             load_predictions, load_clean_inputs: whether batches also hold preds and clean_inputs.
 
         Returns:
-            A DataLoader of batches: adv_inputs, labels, and then preds and clean_inputs if they are asked for.
+            A DataLoader of batches: adv_inputs, labels, and then preds and clean_inputs if requested.
 
         Raises:
             OSError: if the file cannot be read.
-            ValueError: if it is no such file, or lacks what is asked for.
+            ValueError: if it is not such a file, or lacks requested entries.
         """
         wanted = {"adv_inputs": True, "labels": True, "preds": load_predictions, "clean_inputs": load_clean_inputs}
         return saved.load(Path(load_path), batch_size, shuffle, normalize, [name for name in wanted if wanted[name]])
@@ -327,7 +329,7 @@ class Attack(ABC):
         return images if self._normalization is None else self._normalization.apply_to(images)
 
     def inverse_normalize(self, images: Tensor) -> Tensor:
-        """The inverse of `normalize`, images * std + mean, without what rounding adds to the range of pixel values."""
+        """The inverse of `normalize`, images * std + mean, kept in the range of pixel values in spite of rounding."""
         check_images(images)
         return images if self._normalization is None else self._normalization.undo(images, self._box_of(images))
 
@@ -337,7 +339,7 @@ class Attack(ABC):
 
 
 def as_device(device: torch.device | str) -> torch.device:
-    """The device of a name; TypeError for what names none."""
+    """The device with this name; TypeError if it does not name one."""
     try:
         return torch.device(device)
     except (TypeError, ValueError, RuntimeError, OverflowError):
@@ -354,5 +356,5 @@ def _in_training(model: Model, mode: TrainingMode, images: Tensor) -> Tensor:
 
 
 def _device_of(model: object) -> torch.device | None:
-    tensors = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
-    return tensors[0].device if tensors else None
+    tensors = itertools.chain(model.parameters(), model.buffers()) if isinstance(model, nn.Module) else ()
+    return next((tensor.device for tensor in tensors), None)  # without one, images stay where they are

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 _INTEGERS = (torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.int16, torch.int32)
 _ROUNDING = 1e-6
-"""Pixels may leave the range by this much, times a bound above 1: transforms in float32 give values such as -3e-8."""
+"""Pixels may leave the range by this much, times a bound above 1: float32 transforms give values such as -3e-8."""
 
 LabelRange = tuple[int, int] | None
 """Smallest and largest label of a batch; None without labels to check."""
@@ -38,7 +38,7 @@ def check_batch(
         images: float tensor [N, ...].
         labels: int64 tensor [N]; anything if not `with_labels`.
         with_labels: whether labels are checked.
-        lo, hi: range of pixel values, of all or, as tensors [C], of each channel.
+        lo, hi: range of pixel values, numbers or, for each channel, tensors [C].
 
     Returns:
         The range of the labels, for `check_label_range` as soon as the number of classes is known.
@@ -82,7 +82,7 @@ def check_labels(images: Tensor, labels: object) -> None:
 
 
 def check_has_values(name: str, tensor: Tensor) -> None:
-    """Raise ValueError if the tensor is on the device meta, where there are shapes alone."""
+    """Raise ValueError if the tensor is on the meta device, which has only shapes."""
     if tensor.is_meta:
         raise ValueError(f"{name} must have values, got a tensor on the device meta")
 
@@ -125,12 +125,12 @@ def is_adversarial(logits: Tensor, labels: Tensor, targeted: bool) -> Tensor:
 
 
 def is_correct(logits: Tensor, labels: Tensor) -> Tensor:
-    """Whether each image is classified as its label, bool [N]; an image with a NaN among its logits is not."""
+    """Whether each image is classified as its label, bool [N]; false for an image with a NaN among its logits."""
     return (logits.argmax(1) == labels) & ~logits.isnan().any(1)
 
 
 def int64_labels(labels: Any) -> Any:
-    """Return labels of another integer dtype as int64, and anything else as it is."""
+    """Return labels of another integer dtype as int64, and anything else unchanged."""
     if isinstance(labels, Tensor) and labels.dtype in _INTEGERS:
         return labels.long()
     return labels
@@ -141,7 +141,7 @@ class PlainFunction(nn.Module):
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.function = (function,)  # in a tuple, so that the modes of a module in it stay the caller's
+        self.function = (function,)  # in a tuple, so that it is not a submodule whose modes would be set
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function[0](x)
@@ -150,7 +150,7 @@ class PlainFunction(nn.Module):
 def as_module(model: object) -> tuple[nn.Module, bool]:
     """Return the model as a module, and whether the engine may trace it: it leaves plain functions to autograd.
 
-    A function that does no more than call a module counts as that module.
+    A function that only calls a module counts as that module.
 
     Raises:
         TypeError: if the model cannot be called.
@@ -164,12 +164,12 @@ def as_module(model: object) -> tuple[nn.Module, bool]:
 
 
 def _called(model: object) -> object:
-    """The module that a partial or one of its own methods does no more than call; any other model as it is."""
+    """The module that a partial or a bound method only calls; any other model unchanged."""
     if type(model) is partial and not (model.args or model.keywords):
         return _called(model.func)
     if isinstance(model, MethodType) and isinstance(model.__self__, nn.Module):
         module = model.__self__
-        skips_hooks = has_hooks(module) or has_global_hooks()  # `forward` does, which calling the module would not
+        skips_hooks = has_hooks(module) or has_global_hooks()  # unlike a call of the module, `forward` skips hooks
         if model.__func__ is type(module).__call__ or (model == module.forward and not skips_hooks):
             return module
     return model
@@ -190,8 +190,8 @@ class InputValidator:
 
     Args:
         deferred: False: `check` raises errors about values. True: `check` only updates the range of all values seen, on
-            the device, and `raise_deferred` raises. Wrong shapes and dtypes, which the host knows, raise in `check` in
-            both cases.
+            the device, and `raise_deferred` raises. Wrong shapes and dtypes raise in `check` in both cases, because the
+            host knows them.
     """
 
     def __init__(self, deferred: bool) -> None:

@@ -18,7 +18,7 @@ from sparse_adv.attacks.queries import Queries, advantage, robust_images, run_se
 from sparse_adv.ops.arguments import check_flag, check_numbers
 
 _INSIDE = 1 - 1e-6
-"""Largest |tanh(w)| of the start: at the ends of the range, where it is 1, the gradient of w would vanish."""
+"""Largest |tanh(w)| at the start: at 1, the ends of the range, the gradient of w would vanish."""
 
 
 def cw(
@@ -39,15 +39,15 @@ def cw(
 ) -> Tensor:
     """CW: minimise |x(w) - x|_2^2 + c * max(z_y - max_{k!=y} z_k, -kappa), with x(w) = lo + (hi - lo)(tanh(w) + 1) / 2.
 
-    Adam minimises it over w from x(w) = x. The nearest x(w) at which another logit exceeds the label's by kappa or more
-    is returned. With several binary_search_steps, the next c of an image is the mean of the greatest that failed and
-    the least that succeeded, or ten times the last one as long as none succeeded.
+    Adam minimises this over w, starting from x(w) = x. It returns the nearest x(w) at which another logit exceeds the
+    label's by kappa or more. With several binary_search_steps, the next c of an image is the mean of the greatest c
+    that failed and the least that succeeded, or ten times the last c as long as none succeeded.
 
     Args:
         model: maps images in [lo, hi] to logits [N, classes].
         images: float tensor [N, ...], the clean images x.
-        labels: integer tensor [N]: the true classes, or the classes to reach if targeted, z_t then taking the place of
-            the other classes.
+        labels: integer tensor [N]: the true classes, or the classes t to reach if targeted. Then the loss is
+            max(max_{k!=t} z_k - z_t, -kappa).
         c: weight of the loss; the first of a binary search.
         kappa: by how much a result must be adversarial, in units of the logits.
         steps: steps of Adam for each c; each is one forward and one backward pass.
@@ -56,11 +56,11 @@ def cw(
         targeted: search for images of the classes `labels` instead of images of other classes.
         lo, hi: range of pixel values: a number, or a float tensor [C] of one for each channel.
         check: check the values of images and labels.
-        engine: whether the engine may form the gradients, see `sparse_adv.engine`.
+        engine: whether the engine may compute the gradients, see `sparse_adv.engine`.
 
     Returns:
         The adversarial images, detached, with shape, dtype and memory format of `images`, in [lo, hi], at any distance;
-        where none was found, and where the clean image is adversarial, the clean image.
+        the clean image if none was found or the clean image is adversarial.
 
     Raises:
         TypeError: if model cannot be called, images are not floating point or labels not integers.
@@ -119,8 +119,8 @@ def _minimise(
     targeted: bool,
     box: Ball,
 ) -> tuple[Tensor, Tensor]:
-    """For one c of each image: the nearest images that are adversarial by kappa, and their l2 distances or inf."""
-    # 16 bits hold neither _INSIDE nor Adam's sums.
+    """For one c per image: the nearest images that are adversarial by kappa, and their l2 distances or inf."""
+    # 16 bits can represent neither _INSIDE nor Adam's sums.
     wide = torch.promote_types(images.dtype, torch.float32)
     lo, span = box.lo, torch.as_tensor(box.hi - box.lo, dtype=wide, device=images.device)
     # Where lo = hi, w has no effect; the divisor 1 avoids a division by zero.
@@ -142,7 +142,7 @@ def _minimise(
         better = (gains[0] > 0) & (gains[0] >= kappa) & (length < least)
         best, least = adv.where(per_image(better, adv), best), length.where(better, least)
         w.grad = slope * span / 2 * (1 - tanh.square())
-        with torch.device("cpu"):  # where Adam counts its steps; torch 2.10 would do so on the default device
+        with torch.device("cpu"):  # Adam counts its steps here; torch 2.10 would use the default device
             adam.step()
     return best, least
 

@@ -1,4 +1,4 @@
-"""FAB, the fast adaptive boundary attack: steps onto the linearised boundary, to the least distance."""
+"""FAB, the fast adaptive boundary attack: steps to the linearised boundary, for the least distance."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sparse_adv.attacks.queries import Queries, advantage, confirmed, largest_lo
 from sparse_adv.ops.arguments import check_flag
 
 Boundary = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""boundary(x, index) -> the lead z_y - z_k [n] and its gradient, k the class whose boundary each image is moved to."""
+"""boundary(x, index) -> the lead z_y - z_k [n] and its gradient; each image moves to the boundary of class k."""
 
 _FINAL_STEPS = 3
 _CROSSING = 2
@@ -51,9 +51,9 @@ def fab(
 
     The boundary is that of the class k with the least |z_y - z_k| / |gradient of z_y - z_k|_dual at x; d is the least
     change, in the norm and within [lo, hi], that reaches its hyperplane, and a = min(alpha_max, |d(x)| / (|d(x)| +
-    |d(x_0)|)). Where x is adversarial, the nearest such x is kept and x is pulled back to x_0 + beta (x - x_0). Three
-    steps of a search between the nearest x and x_0 end the attack. An example so near to the boundary that rounding
-    decides is moved on by up to 1 % of its distance.
+    |d(x_0)|)). When x is adversarial, the nearest such x is kept and x is pulled back to x_0 + beta (x - x_0). The
+    attack ends with three steps of a search between the nearest x and x_0. If an example is so near to the boundary
+    that rounding decides, it is moved further by up to 1 % of its distance.
 
     Args:
         model: maps images in [lo, hi] to logits [N, classes].
@@ -61,22 +61,22 @@ def fab(
         labels: integer tensor [N]: the true classes, or the classes to reach if targeted.
         norm: "linf" or "l2", also written "Linf" or "L2".
         eps: None: return the example at the least distance found, however far. A number, or a float tensor [N] of one
-            for each image: only examples inside of this ball count, and an image is attacked no further when it has
-            one.
-        steps: number of steps; each is two passes forward and, untargeted, one back for every class.
+            for each image: only examples inside this ball count, and an image with such an example is attacked no
+            further.
+        steps: number of steps; each is two forward passes and, untargeted, one backward pass for every class.
         restarts: number of starts: x_0, then random points at half of the distance found so far, at most eps / 2.
         alpha_max: greatest weight a of the step from the clean image.
-        eta: factor of each step, over the boundary; at least 1.
+        eta: factor by which each step overshoots the boundary; at least 1.
         beta: how much of the perturbation is kept after a success, in (0, 1).
-        targeted: go to the class `labels` from whatever is predicted.
-        generator: one number is drawn of it; None for PyTorch's global generator.
+        targeted: go to the class `labels` from any predicted class.
+        generator: one number is drawn from it; None for PyTorch's global generator.
         lo, hi: range of pixel values: a number, or a float tensor [C] of one for each channel.
         check: check the values of images and labels.
-        engine: whether the engine may form logits and, if targeted, gradients, see `sparse_adv.engine`.
+        engine: whether the engine may compute logits and, if targeted, gradients, see `sparse_adv.engine`.
 
     Returns:
         The adversarial images, detached, with shape, dtype and memory format of `images`, in [lo, hi] and, with eps, in
-        the ball without slack; where none was found, and where the clean image is adversarial, the clean image.
+        the ball without slack; the clean image if none was found or the clean image is adversarial.
 
     Raises:
         TypeError: if model cannot be called, images are not floating point or labels not integers.
@@ -130,10 +130,10 @@ def fab_t(
     check: bool = True,
     engine: bool = True,
 ) -> Tensor:
-    """FAB-T: `fab` towards the boundary of one class at a time, the nearest example of all being kept.
+    """FAB-T: `fab` towards the boundary of one class at a time; the nearest example of all classes is kept.
 
-    The classes are those with the highest logits at the clean image, without the label's. A step takes one backward
-    pass, where `fab` takes one for every class.
+    The classes are those with the highest logits at the clean image, except the label's. A step takes one backward
+    pass; `fab` takes one for every class.
 
     Args:
         model, images, labels, norm, eps, steps, restarts, alpha_max, eta, beta, generator, lo, hi, check, engine: as in
@@ -226,7 +226,7 @@ class FAB(SeededAttack):
 
     @property
     def supports_targets(self) -> bool:  # type: ignore[override]
-        """Whether labels may be classes to reach: not if multi_targeted, which may be set between two calls."""
+        """Whether labels may be classes to reach: not while multi_targeted is True; it may be set between two calls."""
         return not self.multi_targeted
 
     @property
@@ -319,7 +319,7 @@ class _Fab:
         self._search_back(self._least < before)
 
     def result(self) -> Tensor:
-        """The nearest adversarial images inside of the ball, else the clean ones."""
+        """The nearest adversarial images inside the ball, else the clean ones."""
         inside, settings = self._least <= self._eps, self._settings
         found = self._best.where(per_image(inside, self._best), self._images)
         return confirmed(self._model, found, self._images, self._labels, settings.ball, settings.targeted)
@@ -336,7 +336,7 @@ class _Fab:
         least = (_CROSSING * self._model.unit * largest_logit(self.logits[index])).to(dtype)
         lead = lead.where(lead.abs() >= least, least.where(lead >= 0, -least))
         x, clean = x.to(dtype), self._images[index].to(dtype)
-        # The hyperplane is lead + <slope, z - x> = 0; seen from the clean image, its lead is that at x_0.
+        # The hyperplane is lead + <slope, z - x> = 0, so the lead of the clean image is the value of this at z = x_0.
         lead_of_clean = lead + ((clean - x) * slope).flatten(1).sum(1)
         from_x = onto_hyperplane(x, lead, slope, settings.ball)
         from_clean = onto_hyperplane(clean, lead_of_clean, slope, settings.ball)
@@ -350,7 +350,7 @@ class _Fab:
         return (clean + settings.beta * (x - clean)).where(is_adversarial, x)
 
     def _keep(self, x: Tensor, index: Tensor) -> Tensor:
-        """Keep the images that are adversarial and nearer than those before; return the lead of the labels [n]."""
+        """Keep the images that are adversarial and nearer than earlier ones; return the lead of the labels [n]."""
         lead = self._lead(x, index)
         length = distance(x, self._images[index], self._settings.ball.norm).double()
         better = (lead < 0) & (length < self._least[index])
@@ -365,12 +365,13 @@ class _Fab:
         if ball.norm == "linf":
             direction = torch.rand(clean.shape, generator=self._draw, dtype=clean.dtype, device=clean.device) * 2 - 1
         length = distance(direction, torch.zeros_like(direction), ball.norm)
-        # Where nothing was found and there is no eps, the start is the clean image again.
+        # If nothing was found and there is no eps, the start is the clean image again.
         scale = (radius / length).where(radius.isfinite(), 0)
         return ball.clamp(clean + direction * per_image(scale, clean))
 
     def _search_back(self, found: Tensor) -> None:
-        """Move the examples of a run, bool [N] where it found one, towards the clean images by false position.
+        """Move the examples of a run towards the clean images by false position; `found`, bool [N], says which have
+        one.
 
         With the leads z_y - z_k at the clean image and at the example, the next point is the zero of the straight line
         through both; it replaces one end, according to whether it is adversarial.

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.gradient_attack import GradientAttack
-from sparse_adv.attacks.loop import run_attack
 from sparse_adv.attacks.options import AttackOptions, LossOptions, check_names
+from sparse_adv.attacks.run_attack import run_attack
 
 
 def fgsm(
@@ -165,7 +165,7 @@ class FFGSM(GradientAttack):
 
     Args:
         model, eps, norm, options: as in `attacks.fgsm_rs`.
-        alpha: step size; None for 1.25 eps. It stays as it is when eps is set anew.
+        alpha: step size; None for 1.25 eps. It does not change when eps is set anew.
         graph: on CUDA, capture the attack as CUDA graphs, see `Graphs`.
 
     Raises:

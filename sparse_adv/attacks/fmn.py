@@ -29,7 +29,7 @@ from sparse_adv.attacks.queries import Queries, confirmed, robust_images, run_se
 from sparse_adv.ops.arguments import check_flag, check_floating, check_numbers
 
 LOSSES = ("margin", "dlr")
-"""The losses that are 0 on the boundary, so that their linearisation says how far it is."""
+"""The losses that are 0 on the boundary, so that their linearisation estimates the distance to it."""
 
 _GAMMA_LAST = 0.001
 _ALPHA_FALLS = 100
@@ -51,14 +51,14 @@ def fmn(
     check: bool = True,
     engine: bool = True,
 ) -> Tensor:
-    """FMN: x = box(project(x + alpha_k g / |g|_2, ball(x_0, eps_k))), g the gradient of the loss, eps_k adapted.
+    """FMN: x = box(project(x + alpha_k g / |g|_2, ball(x_0, eps_k))), with loss gradient g and an adaptive eps_k.
 
     Before the first success eps_k = (1 + gamma_k) max(eps, |x - x_0| + |loss| / |g|_dual), just over the linearised
-    boundary. (The paper has neither the factor nor the maximum; where the box cuts steps off, x then creeps up to the
-    boundary and never crosses it: for l2 at 41 of 100 digits.) Later a step that finds x adversarial makes eps_k
-    smaller, min((1 - gamma_k) eps, the least distance found), and one that does not makes it larger, (1 + gamma_k) eps.
-    alpha_k falls from alpha to alpha / 100 and gamma_k from gamma to 0.001, both by half a cosine. An example so near
-    to the boundary that rounding decides is moved on by up to 1 % of its distance.
+    boundary. (The paper has neither the factor nor the maximum. If the box shortens steps, x then creeps up to the
+    boundary and never crosses it: with l2 for 41 of 100 digits.) Later, a step that finds x adversarial reduces eps_k
+    to min((1 - gamma_k) eps, the least distance found), and any other step enlarges it to (1 + gamma_k) eps. alpha_k
+    falls from alpha to alpha / 100 and gamma_k from gamma to 0.001, both by half a cosine. If an example is so near to
+    the boundary that rounding decides, it is moved further by up to 1 % of its distance.
 
     Args:
         model: maps images in [lo, hi] to logits [N, classes].
@@ -66,18 +66,17 @@ def fmn(
         labels: integer tensor [N]: the true classes, or the classes to reach if targeted.
         norm: "linf" or "l2", also written "Linf" or "L2".
         steps: number of steps; each is one forward and one backward pass.
-        alpha: first step size, of the l2 norm in units of the images.
-        gamma: by which share the radius first changes, in (0, 1).
+        alpha: first step size, as an l2 norm in units of the images.
+        gamma: share by which the radius changes at first, in (0, 1).
         loss: "margin" or "dlr", see `attacks.losses`.
         targeted: search for images of the classes `labels`.
         lo, hi: range of pixel values: a number, or a float tensor [C] of one for each channel.
         check: check the values of images and labels.
-        engine: whether the engine may form the gradients, see `sparse_adv.engine`.
+        engine: whether the engine may compute the gradients, see `sparse_adv.engine`.
 
     Returns:
         The nearest adversarial images found, detached, with shape, dtype and memory format of `images`, in [lo, hi];
-        where none was found, and where the clean image is adversarial, the clean image. `distances` tells the two
-        apart.
+        the clean image if none was found or the clean image is adversarial. `distances` distinguishes these two cases.
 
     Raises:
         TypeError: if model cannot be called, images are not floating point or labels not integers.
@@ -109,7 +108,7 @@ def fmn(
     def search(model: Queries, images: Tensor, labels: Tensor) -> Tensor:
         best = images.clone()
         logits = model.logits(images)
-        loss_to_raise(loss, labels, targeted)(logits)  # raises if there are too few classes, also where none is robust
+        loss_to_raise(loss, labels, targeted)(logits)  # raises if there are too few classes, even if none is robust
         index = robust_images(logits, labels, targeted)
         if len(index):
             best[index] = _nearest(model, images[index], labels[index], box, steps, alpha, gamma, loss, targeted)
@@ -162,7 +161,8 @@ def _into(x: Tensor, images: Tensor, eps: Tensor, norm: str) -> Tensor:
 def distances(
     model: Model, adversarial: Tensor, images: Tensor, labels: Tensor, *, norm: str = "linf", targeted: bool = False
 ) -> Tensor:
-    """The distance of each image's adversarial example: 0 if the clean image is misclassified, infinity without one.
+    """The distance of each image's adversarial example: 0 if the clean image is misclassified, infinity if there is
+    none.
 
     Args:
         model: maps images to logits [N, classes]; evaluated in eval mode and left as it was.
@@ -170,7 +170,7 @@ def distances(
         images: float tensor [N, ...], the clean images.
         labels: integer tensor [N]: the true classes, or the classes to reach if targeted.
         norm: "linf" or "l2", also written "Linf" or "L2".
-        targeted: an image is adversarial where it is classified as `labels`.
+        targeted: an image is adversarial if it is classified as `labels`.
 
     Returns:
         float tensor [N], in units of the images; the share of distances above eps is the robust accuracy at eps.

@@ -1,4 +1,4 @@
-"""`GradientAttack`: what the attacks as objects have in common that are PGD with their own settings."""
+"""`GradientAttack`: the base class of attack objects that are PGD with their own settings."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 from sparse_adv.attacks.base import Attack
 from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.cuda_graph import Graphs
-from sparse_adv.attacks.loop import run_attack
 from sparse_adv.attacks.options import AttackOptions
+from sparse_adv.attacks.run_attack import run_attack
 from sparse_adv.ops.arguments import check_flag
 
 
 def _option(name: str) -> property:
-    """A property that reads and replaces one of the attack's options, which are then all checked again."""
+    """A property that reads and replaces one of the attack's options; all options are then checked again."""
 
     def read(attack: GradientAttack) -> Any:
         return getattr(attack.options, name)
@@ -34,8 +34,7 @@ class GradientAttack(Attack):
     Args:
         model: maps images to logits.
         options: the settings of the attack.
-        graph: on CUDA, capture the attack as CUDA graphs in a cache of its own, see `Graphs`; on other devices this
-            has no effect.
+        graph: on CUDA, capture the attack as CUDA graphs in its own cache, see `Graphs`; no effect on other devices.
     """
 
     def __init__(self, model: Model, options: AttackOptions, graph: bool) -> None:
@@ -66,7 +65,7 @@ class GradientAttack(Attack):
     early_stop = _option("early_stop")
 
     def _with(self, **changes: Any) -> AttackOptions:
-        """The options with some of them changed, and with them those that follow from these."""
+        """The options with some changes, and with the changes of other options that follow from them."""
         return replace(self.options, **changes)
 
     def for_images(self, index: Tensor) -> Attack:

@@ -1,4 +1,4 @@
-"""Signs that a robust accuracy is not to be trusted, because gradients tell the attacks too little."""
+"""Signs that a robust accuracy cannot be trusted, because gradients tell the attacks too little."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from sparse_adv.engine import Autograd, NoGradientError
 _TOO_MANY = 0.1
 """If the gradient is zero at more than this fraction of the images, a warning is given."""
 _CHANCE = 0.05
-"""Fraction of images by which a robust accuracy may rise by chance."""
+"""A robust accuracy may rise by this fraction of the images by chance."""
 _STEPS = 10
 
 
@@ -42,11 +42,11 @@ def signs_of_masking(
 ) -> list[str]:
     """Look for outputs and gradients on which gradient attacks, and AutoAttack, are known to fail.
 
-    Looked for are logits that differ between two equal calls, outputs that are probabilities (in [0, 1]), NaN or
+    The signs are logits that differ between two equal calls, outputs that are probabilities (in [0, 1]), NaN or
     infinite, outputs without a gradient, and images at which the gradient of the cross-entropy is zero. With eps, PGD
-    of 10 steps of eps / 4 from the clean images is run in two balls: its loss must be higher after the last step than
+    with 10 steps of eps / 4 from the clean images runs in two balls. Its loss must be higher after the last step than
     after the first, a ball of 2 eps must not leave more images robust, and 10 random directions of length eps must not
-    break what PGD leaves robust.
+    break images that PGD leaves robust.
 
     Args:
         model: maps images to logits [N, classes]; a module or a plain function.
@@ -55,10 +55,10 @@ def signs_of_masking(
         eps, norm, lo, hi: ball of the attacks, as in `attacks.pgd`, with a finite eps; eps None for no attack.
 
     Returns:
-        One sentence for each sign; none does not prove that there is no masking.
+        One sentence for each sign. No sign is no proof that there is no masking.
 
     Raises:
-        TypeError, ValueError: if the model's output is not logits [N, classes], a label is none of these classes, or
+        TypeError, ValueError: if the model's output is not logits [N, classes], a label is not one of these classes, or
             the ball is invalid.
 
     Source: Croce and Hein (ICML 2020), section 5; Carlini et al., "On evaluating adversarial robustness" (2019),
@@ -113,7 +113,7 @@ def signs_of_masking(
 
 
 def _signs_of_attacks(reference: Autograd, images: Tensor, labels: Tensor, ball: Ball) -> Iterator[str]:
-    """Compare the steps of an attack, and attacks in a ball and in one that is twice as large."""
+    """Compare the steps of an attack, and attacks in a ball and in a ball twice as large."""
     first, last, stands = _attacked(reference, images, labels, ball)
     robust = int(stands.sum())
     if last < first:

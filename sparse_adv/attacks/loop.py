@@ -1,27 +1,20 @@
-"""The loop of PGD, and of the attacks that are PGD with settings of their own."""
+"""The loop of PGD, and of the attacks that are PGD with settings of their own, on checked arguments."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_adv.argument_types import shortened
 from sparse_adv.attacks import movement
-from sparse_adv.attacks.ball import check_shapes, into_ball, step_sizes
+from sparse_adv.attacks.ball import step_sizes
 from sparse_adv.attacks.checks import (
     LabelRange,
-    Model,
-    as_module,
-    check_batch,
-    check_images,
     check_label_range,
-    check_labels,
     count_classes,
-    int64_labels,
     is_adversarial,
 )
 from sparse_adv.attacks.geometry import per_image
@@ -30,64 +23,6 @@ from sparse_adv.attacks.losses import kl_divergence, loss_values, takes_classes
 from sparse_adv.attacks.modes import in_mode
 from sparse_adv.attacks.options import AttackOptions
 from sparse_adv.attacks.zero_gradients import is_telling, warn_if_zero
-from sparse_adv.ops.random_start import as_philox_state
-
-
-def run_attack(model: Model, images: Tensor, labels: Any, options: AttackOptions) -> Tensor:
-    """Run the attack that the options describe: PGD, or one that is PGD with settings of its own.
-
-    Args:
-        model: a module that maps images to logits [N, classes], or a plain function, which autograd differentiates.
-        images: float tensor [N, ...].
-        labels: integer tensor [N]; with a callable loss, whatever it takes.
-        options: the settings of the attack.
-
-    Returns:
-        The adversarial images, detached.
-
-    Raises:
-        TypeError, ValueError: as in `attacks.pgd`.
-
-    Examples:
-        >>> import torch
-        >>> from sparse_adv import attacks, models
-        >>> model = models.build("digits_cnn", width=8)
-        >>> options = attacks.AttackOptions(eps=0.1, alpha=0.02, steps=3, start_eps=0.01)
-        >>> adv = attacks.run_attack(model, torch.rand(2, 1, 8, 8), torch.tensor([0, 1]), options)
-        >>> adv.shape
-        torch.Size([2, 1, 8, 8])
-    """
-    if not isinstance(options, AttackOptions):
-        raise TypeError(f"options must be attacks.AttackOptions, got {shortened(options)}")
-    module, traceable = as_module(model)
-    labels = int64_labels(labels)
-    label_range, with_labels = None, takes_classes(options.loss)
-    check_images(images)
-    check_shapes(images, eps=options.eps, alpha=options.alpha, lo=options.lo, hi=options.hi)
-    if options.check:
-        label_range = check_batch(images, labels, with_labels, options.lo, options.hi)
-    elif with_labels:
-        check_labels(images, labels)
-    # Tensors made in inference mode could not be written to later; a CUDA graph does that in every replay.
-    with torch.inference_mode(False):
-        philox_state = None
-        if options.random_start:
-            # With non_blocking=False the host would wait until the GPU has finished all earlier work.
-            on_gpu = images.device.type == "cuda"
-            # A copy, because the loop advances the offset.
-            philox_state = as_philox_state(options.generator, "generator").to(
-                images.device, non_blocking=on_gpu, copy=True
-            )
-        if not len(images):
-            return images.detach().clone()
-        loop = PGDLoop(module, options if traceable else replace(options, engine=False))
-        if options.graphs is None or options.varies:  # the tensors' values are no part of a graph's key
-            adv = loop.run(images, labels, philox_state, label_range)
-        else:
-            adv = options.graphs.run(loop, images, labels, philox_state, label_range)
-        if options.check and options.project:
-            adv = into_ball(adv, images.detach(), options.ball.on(images))
-        return adv
 
 
 @dataclass(eq=False)
@@ -100,14 +35,14 @@ class PGDLoop:
     """Number of classes of the model; known after a run with a label range."""
 
     def run(self, images: Tensor, labels: Any, philox_state: Tensor | None, label_range: LabelRange = None) -> Tensor:
-        """Attack a batch; with restarts, return for each image a success, or else the result with the highest loss.
+        """Attack a batch; with restarts, return for each image a success, else the result with the highest loss.
 
         Args:
             images: float tensor [N, ...], the clean images.
             labels: second argument of the loss.
-            philox_state: int64 tensor [2] on the device of the images, key and offset of the random start's generator.
-                The offset is advanced in place past the numbers read, so that each restart, and each replay of a CUDA
-                graph, reads new ones.
+            philox_state: int64 tensor [2] on the device of the images: key and offset of the random start's generator.
+                The offset is advanced in place past the numbers read, so that each restart and each replay of a CUDA
+                graph reads new numbers.
             label_range: range of the labels, which is compared with the number of the model's classes.
         """
         options = self.options
@@ -127,7 +62,7 @@ class PGDLoop:
                 return best
             best_loss, won = self._outcome(gradients, best, labels)
             for _ in range(options.restarts - 1):
-                # Only the images without a success are attacked again, from the starts that they would have anyway.
+                # Attack only the images without a success again, from the same starts as in the whole batch.
                 compacts = self._compacts(images) and options.graphs is None and won.any()
                 index = (~won).nonzero().squeeze(1) if compacts else None
                 if index is not None and not len(index):
@@ -153,7 +88,7 @@ class PGDLoop:
         label_range: LabelRange,
         index: Tensor | None = None,
     ) -> Tensor:
-        """One start and all steps, of the images at `index` alone if it is given."""
+        """One start and all steps; only for the images at `index` if it is given."""
         options = self.options
         fooled: Tensor | None = None
 
@@ -176,7 +111,7 @@ class PGDLoop:
         robust = torch.arange(len(images), device=images.device)
         compacts = options.early_stop and self._compacts(images)
         captures = options.graphs is not None and options.graphs.cache.captures_on(images.device)
-        # While a graph is captured, no value can be read.
+        # No value can be read while a graph is captured.
         telling = index is None and not captures and is_telling(options.loss, options.targeted)
         for step in range(options.steps):
             grad = gradients.gradient(adv, loss)
@@ -199,7 +134,7 @@ class PGDLoop:
     def _compacts(self, images: Tensor) -> bool:
         """Whether images that need no more steps leave the batch.
 
-        On a GPU the host would wait for their count, and batch statistics would change without them.
+        Not on a GPU, where the host would wait for their count, and not if batch statistics would change without them.
         """
         return images.device.type == "cpu" and self.options.bn_mode == "eval"
 

@@ -1,8 +1,8 @@
-"""A model in the modes of an attack: eval, but for what BatchNorm is asked to do.
+"""A model in the modes of an attack: eval mode, except for a requested mode of BatchNorm.
 
-Training flags belong to the modules, which other threads use too. So a model that is in other modes is not changed if
-that can be avoided: a twin runs in its place, modules of the same classes that share all attributes with the model's
-but the flags, the table of submodules and what the engine has made of it.
+Training flags belong to the modules, and other threads use these too. So a model in other modes is not changed if that
+can be avoided: a twin runs in its place. The twin's modules have the same classes as the model's and share all their
+attributes, except the flags, the table of submodules and what the engine has made of the model.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Flags = dict[str, bool]
 
 @dataclass(frozen=True)
 class TrainingMode:
-    """All modules in training mode, but BatchNorm and dropout only if asked for; running statistics stay."""
+    """All modules in training mode, but BatchNorm and dropout only on request; running statistics do not change."""
 
     batch_norm: bool
     dropout: bool
@@ -43,7 +43,7 @@ Mode = str | TrainingMode
 _FLAGS = frozenset(["training", "track_running_stats"])
 
 _twins: weakref.WeakKeyDictionary[nn.Module, dict[Mode, nn.Module]] = weakref.WeakKeyDictionary()
-"""For each model and mode the twin; the engine keeps programs by model, so it must be the same one again."""
+"""The twin for each model and mode: always the same object, because the engine keeps programs by model."""
 _lock = threading.Lock()
 
 _OF_EVERY_MODULE = frozenset([*vars(nn.Module()), ATTRIBUTE])
@@ -52,7 +52,7 @@ _PLAIN = (
     *(torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Generator, torch.Size),
 )
 _DEEPEST = 4
-"""Levels of a container that are searched for modules."""
+"""Number of nested levels in which a container is searched for modules."""
 
 
 @contextmanager
@@ -63,11 +63,11 @@ def bn_mode(model: nn.Module, mode: Mode) -> Iterator[None]:
         model: any model.
         mode: mode of BatchNorm layers: "eval" uses the running statistics, "train" the statistics of the batch and
             updates the running ones, "batch" the statistics of the batch without updating the running ones. A layer in
-            eval mode in a model in training mode was frozen on purpose and uses its running statistics in each. Or a
-            `TrainingMode`.
+            eval mode inside a model in training mode was frozen on purpose, and uses its running statistics in all of
+            these modes. Or a `TrainingMode`.
     """
-    # Flags are set module by module: model.train() at the end would unfreeze layers frozen in eval mode. Those that
-    # need no change are not written: another thread may change them meanwhile.
+    # Set flags module by module: model.train() at the end would unfreeze layers frozen in eval mode. Do not write flags
+    # that need no change: another thread may change them meanwhile.
     before = [
         (module, name, getattr(module, name))
         for module, flags in _wanted(model, mode)
@@ -88,8 +88,8 @@ def in_mode(model: nn.Module, mode: Mode) -> Iterator[nn.Module]:
     """A context whose value computes what the model does in a mode of `bn_mode`: the model itself, or a twin.
 
     The model's flags are changed, as by `bn_mode`, only if a twin might compute something else: if modules have hooks,
-    a `forward` of their own, or attributes that may lead to modules. What the code of a twin assigns to attributes is
-    assigned to the model's at the end.
+    their own `forward`, or attributes that may lead to modules. Attributes that a twin's code assigns are assigned to
+    the model's modules at the end.
     """
     wanted = _wanted(model, mode)
     fits = all(getattr(module, name) == value for module, flags in wanted for name, value in flags.items())
@@ -127,7 +127,7 @@ def _wanted(model: nn.Module, mode: Mode) -> list[tuple[nn.Module, Flags]]:
 
 
 def _twin(model: nn.Module, mode: Mode) -> nn.Module:
-    """The model's twin for a mode, a new one if the model's modules were exchanged."""
+    """The model's twin for a mode; a new one if modules of the model were replaced."""
     with _lock:
         twins = _twins.setdefault(model, {})
         if mode not in twins or _structure(twins[mode]) != _structure(model):
@@ -136,7 +136,7 @@ def _twin(model: nn.Module, mode: Mode) -> nn.Module:
 
 
 def _structure(model: nn.Module) -> list[tuple[type, list[tuple[str, int | None]]]]:
-    """The classes of all modules, and which are whose submodules."""
+    """The classes of all modules, and the submodules of each."""
     places: dict[nn.Module | None, int] = {module: i for i, module in enumerate(model.modules())}
     return [
         (type(module), [(name, places.get(child)) for name, child in module._modules.items()])
@@ -145,7 +145,7 @@ def _structure(model: nn.Module) -> list[tuple[type, list[tuple[str, int | None]
 
 
 def _copied(module: nn.Module, copies: dict[nn.Module, nn.Module]) -> nn.Module:
-    """Modules of the same classes and the same structure; `_Lent` gives them their attributes."""
+    """New modules with the same classes and structure; `_Lent` gives them their attributes."""
     if module not in copies:
         copies[module] = copied = object.__new__(type(module))
         children = {name: None if child is None else _copied(child, copies) for name, child in module._modules.items()}
@@ -154,7 +154,7 @@ def _copied(module: nn.Module, copies: dict[nn.Module, nn.Module]) -> nn.Module:
 
 
 class _Lent:
-    """The present attributes of a module, given to its twin with flags and submodules of the twin's own."""
+    """The present attributes of a module, lent to its twin; flags and submodules are the twin's own."""
 
     def __init__(self, module: nn.Module, twin: nn.Module, flags: Flags) -> None:
         self._module, self._twin = module, twin
@@ -164,7 +164,7 @@ class _Lent:
         object.__setattr__(twin, "__dict__", dict(self._given))
 
     def take_back(self) -> bool:
-        """Give the module what was assigned to its twin; return whether there are submodules among it."""
+        """Give the module the attributes assigned to its twin; return whether submodules are among them."""
         own, missing = vars(self._module), object()
         for name in vars(self._twin).keys() - _FLAGS - {ATTRIBUTE}:
             before, value = self._given.get(name, missing), vars(self._twin)[name]
@@ -178,28 +178,28 @@ class _Lent:
 
 
 def _can_have_twin(module: nn.Module) -> bool:
-    """Whether a module's code finds other modules in its table of submodules alone, and nothing is bound to it."""
+    """Whether a module's code finds other modules only in its table of submodules, and nothing is bound to it."""
     kind = type(module)
     if has_hooks(module) or isinstance(module, torch.jit.ScriptModule) or hasattr(kind, "__del__"):
         return False
     if any(base.__dict__.get("__slots__") for base in kind.__mro__):
         return False
     own = _OF_EVERY_MODULE.union(MaskedLayer.DERIVED) if isinstance(module, MaskedLayer) else _OF_EVERY_MODULE
-    return all(name in own or _is_plain(value) for name, value in vars(module).items())
+    return all(name in own or _leads_to_no_module(value) for name, value in vars(module).items())
 
 
-def _is_plain(value: object, level: int = 0) -> bool:
+def _leads_to_no_module(value: object, level: int = 0) -> bool:
     """Whether no module can be reached from a value."""
     if isinstance(value, _PLAIN):
         return not isinstance(getattr(value, "__self__", None), nn.Module)
     if level == _DEEPEST:
         return False
     if isinstance(value, (tuple, list, set, frozenset)):
-        return all(_is_plain(part, level + 1) for part in value)
+        return all(_leads_to_no_module(part, level + 1) for part in value)
     if isinstance(value, dict):
-        return all(_is_plain(part, level + 1) for pair in value.items() for part in pair)
+        return all(_leads_to_no_module(part, level + 1) for pair in value.items() for part in pair)
     if isinstance(value, partial):
-        return _is_plain((value.func, value.args, value.keywords), level)
+        return _leads_to_no_module((value.func, value.args, value.keywords), level)
     if isinstance(value, weakref.ref):
-        return _is_plain(value(), level + 1)
+        return _leads_to_no_module(value(), level + 1)
     return isinstance(value, types.FunctionType) and value.__closure__ is None and value.__defaults__ is None

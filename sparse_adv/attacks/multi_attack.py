@@ -1,4 +1,4 @@
-"""Several attacks one after the other, each on the images that are still robust after the ones before."""
+"""Several attacks one after the other, each on the images that the earlier ones left robust."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from sparse_adv.attacks.checks import Model, check_classes, check_labels, int64_
 
 
 class MultiAttack(Attack):
-    """Attack objects in a row, with the interface of torchattacks.MultiAttack: each attacks what is still robust.
+    """Several attack objects, with the interface of torchattacks.MultiAttack: each attacks the images still robust.
 
-    An image is adversarial when it is not classified as its label; later attacks leave it out. Images for which no
-    attack finds an adversarial example, and those that are misclassified without one, come back clean.
+    An image is adversarial if it is not classified as its label; later attacks leave it out. Images are returned clean
+    if no attack finds an adversarial example, or if they are misclassified without an attack.
 
     Args:
         attacks: at least two attack objects of one model, with the same normalisation of images if any. They may be
             in a targeted mode in which labels are the true classes: labels say which images are adversarial.
-        verbose: print for each batch how many percent of its images are adversarial after each of the attacks.
+        verbose: print for each batch the percentage of its images that are adversarial after each attack.
 
     Raises:
         ValueError: if there are fewer than two attacks, they have different models or normalisations, or labels are
-            targets for one of them; when called, too.
+            targets for one of them; also when called.
 
     Examples:
         >>> import torch
@@ -47,7 +47,7 @@ class MultiAttack(Attack):
         super().__init__(attacks[0].model)
         self.attacks, self.verbose = list(attacks), verbose
         self._robust_counts = [0] * (len(attacks) + 1)
-        """Sums over batches: images, and those that are still robust after each attack."""
+        """Sums over batches: number of images, and of images still robust after each attack."""
 
     def set_normalization_used(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Take and return normalised images from now on, in each of the attacks."""
@@ -94,7 +94,7 @@ class MultiAttack(Attack):
     @torch.no_grad()
     def forward(self, model: Model, images: Tensor, labels: Tensor, targeted: bool) -> Tensor:
         """Return adversarial images for a batch."""
-        _check_members(self.attacks)  # again: each of them may have been set otherwise
+        _check_members(self.attacks)  # again: their settings may have changed
         best, labels = images.clone(), int64_labels(labels)
         check_labels(images, labels)
         left = torch.arange(len(images), device=images.device)
@@ -128,7 +128,7 @@ class MultiAttack(Attack):
         save_clean_inputs: bool = False,
         save_type: str = "float",
     ) -> Any:
-        """As `Attack.save`; with return_verbose, a list follows the robust accuracy: percent adversarial after each."""
+        """As `Attack.save`; with return_verbose, a list of percent adversarial after each attack comes second."""
         attack = copy.copy(self)
         attack._robust_counts = [0] * (len(self.attacks) + 1)
         options = save_path, verbose, True, save_predictions, save_clean_inputs, save_type

@@ -1,4 +1,4 @@
-"""A model of normalised images as a model of pixels, for `Attack.set_normalization_used`."""
+"""Makes a model of pixels from a model of normalised images, for `Attack.set_normalization_used`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sparse_adv.attacks.checks import Model, as_module, check_has_values
 from sparse_adv.ops.arguments import check_tensors
 
 _UNITS_OF_ROUNDING = 8
-"""Undoing a normalisation may leave the range by this many units of rounding, times a bound above 1."""
+"""Undoing a normalisation may leave the range by this many units of rounding, times a bound if it is above 1."""
 
 
 class Normalized(nn.Module):
@@ -35,7 +35,7 @@ class Normalized(nn.Module):
         return normalized(pixels, self.mean, self.std)
 
     def undo(self, images: Tensor, box: Ball) -> Tensor:
-        """The pixels; rounding does not take them out of their range, and a wrong normalisation is left to be seen."""
+        """The pixels. Rounding does not take them out of their range; a wrong normalisation may, so that it shows."""
         mean, std = _for_images(images, self.mean, self.std)
         pixels = images * std + mean
         inside = box.clamp(pixels)

@@ -5,19 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypedDict, Unpack
+from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
 from sparse_adv.argument_types import check_count, shortened
 from sparse_adv.attacks.ball import Ball, check_alphas, check_radius, checked_ball
+from sparse_adv.attacks.cuda_graph import Graphs
 from sparse_adv.attacks.losses import Loss, kl_divergence, loss_function
 from sparse_adv.ops.arguments import check_flags, check_number
 from sparse_adv.ops.random_start import as_philox_state
-
-if TYPE_CHECKING:
-    from sparse_adv.attacks.cuda_graph import Graphs
 
 BN_MODES = ("eval", "train", "batch")
 
@@ -40,7 +38,7 @@ class CommonOptions(BasicOptions, total=False):
 
 
 class LossOptions(CommonOptions, total=False):
-    """Keyword arguments of those of them that use labels; `pgd` documents them."""
+    """Keyword arguments of the PGD attacks that use labels; `pgd` documents them."""
 
     loss: str | Loss
     targeted: bool
@@ -61,7 +59,7 @@ class FABTOptions(BasicOptions, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class AttackOptions:
-    """All settings of an attack; `pgd` documents those that are not documented here.
+    """All settings of an attack; `pgd` documents the settings that are not documented here.
 
     The class methods give the settings of the other attacks.
 
@@ -101,7 +99,7 @@ class AttackOptions:
         check_flags(random_start=self.random_start, targeted=self.targeted, early_stop=self.early_stop)
         check_flags(check=self.check, engine=self.engine, project=self.project)
         check_generator(self.generator)
-        if self.graphs is not None and not callable(getattr(type(self.graphs), "run", None)):
+        if self.graphs is not None and not isinstance(self.graphs, Graphs):
             raise TypeError(f"graphs must be attacks.Graphs or None, got {shortened(self.graphs)}")
         ball = checked_ball(self.eps, self.norm, self.lo, self.hi)
         object.__setattr__(self, "norm", ball.norm)
@@ -116,7 +114,7 @@ class AttackOptions:
 
     @property
     def varies(self) -> bool:
-        """Whether images or channels have values of their own: eps, alpha, lo or hi is a tensor."""
+        """Whether values differ between images or channels: eps, alpha, lo or hi is a tensor."""
         return any(isinstance(value, Tensor) for value in (self.eps, self.alpha, self.lo, self.hi))
 
     @property
@@ -181,7 +179,7 @@ class AttackOptions:
 
 
 def tpgd_start(eps: float | Tensor, norm: str) -> float | Tensor:
-    """Radius of the ball in which the attack of TRADES starts: little noise, and at most eps."""
+    """Radius of the ball in which the attack of TRADES starts: little noise, at most eps."""
     noise = 0.05 if checked_ball(eps, norm, 0.0, 1.0).norm == "l2" else 0.001
     return eps.clamp(max=noise) if isinstance(eps, Tensor) else min(eps, noise)
 
@@ -193,7 +191,7 @@ SETTINGS: dict[str, tuple[str, Callable[[float], bool]]] = {
     "beta": ("lie between 0 and 1", lambda value: 0 < value < 1),
     "p_init": ("lie in (0, 1]", lambda value: 0 < value <= 1),
 }
-"""Settings of searches, which AutoAttack has too: the range in words and as a condition."""
+"""Settings of searches and of AutoAttack: the range in words and as a condition."""
 
 
 def check_settings(**settings: object) -> None:
@@ -206,7 +204,7 @@ def check_settings(**settings: object) -> None:
 
 
 def check_generator(generator: object) -> None:
-    """Raise TypeError or ValueError unless random numbers can be drawn of it, or None."""
+    """Raise TypeError or ValueError unless this is None or random numbers can be drawn from it."""
     if not isinstance(generator, torch.Generator | None):
         as_philox_state(generator, "generator")  # type: ignore[arg-type]
 

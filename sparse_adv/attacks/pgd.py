@@ -10,9 +10,9 @@ from torch import Tensor
 from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.cuda_graph import Graphs
 from sparse_adv.attacks.gradient_attack import GradientAttack
-from sparse_adv.attacks.loop import run_attack
 from sparse_adv.attacks.losses import Loss
 from sparse_adv.attacks.options import AttackOptions, LossOptions, check_names
+from sparse_adv.attacks.run_attack import run_attack
 
 
 def pgd(
@@ -57,25 +57,25 @@ def pgd(
         norm: "linf" or "l2", also written "Linf" or "L2".
         loss: "ce" (cross-entropy), "margin" or "dlr", see `attacks.losses`, or a function (logits, labels) -> loss, a
             scalar or one number per image [N].
-        restarts: number of random starts. An image that one of them misclassifies (or that reaches its target) is
-            returned, whatever its loss; of the others the one with the highest loss. To compare them, a loss that
-            returns a scalar is evaluated image by image: with one row of labels that are a tensor [N, ...], and with
-            all of any others.
+        restarts: number of random starts. If one of them leads to a misclassified image (or to the target), that image
+            is returned, whatever its loss is; else the image with the highest loss. To compare them, a loss that
+            returns a scalar is evaluated image by image: with one row of the labels if they are a tensor [N, ...], else
+            with all of them.
         targeted: minimise the loss instead of maximising it.
         lo, hi: range of pixel values: a number, or a float tensor [C] of one for each channel.
-        generator: generator of the random starts, of which one number is drawn; None for PyTorch's global generator; or
-            an int64 tensor [2] of Philox key and offset, as `ops.random_start` takes it.
+        generator: one number is drawn from it for the random starts; None for PyTorch's global generator; or an int64
+            tensor [2] of Philox key and offset, as in `ops.random_start`.
         bn_mode: mode of BatchNorm layers during the attack: "eval" uses the running statistics; "train" uses the
             statistics of the batch and updates the running ones at each step; "batch" uses the statistics of the batch
-            and leaves the running ones unchanged. All other layers (dropout) are in eval mode, and so are
-            frozen BatchNorm layers: those in eval mode inside of a model in training mode.
-        check: check the values of images and labels, and take rounding out of the result, so that it lies in the ball
+            and leaves the running ones unchanged. All other layers (dropout) are in eval mode. So are frozen BatchNorm
+            layers: layers in eval mode inside a model in training mode.
+        check: check the values of images and labels, and correct rounding in the result, so that it lies in the ball
             without slack; on a GPU this synchronises.
-        graphs: cache of CUDA graphs, see `Graphs`; None runs the attack step by step, and so does a tensor as eps,
-            alpha, lo or hi.
-        engine: whether the engine may form the gradients, see `sparse_adv.engine`; False leaves them to autograd.
-        early_stop: leave an image where it is as soon as a step finds it misclassified (or at its target). The
-            labels must be classes.
+        graphs: cache of CUDA graphs, see `Graphs`. The attack runs step by step if this is None, or if eps, alpha, lo
+            or hi is a tensor.
+        engine: whether the engine may compute the gradients, see `sparse_adv.engine`; False leaves them to autograd.
+        early_stop: stop moving an image as soon as a step finds it misclassified (or at its target). The labels must be
+            classes.
 
     Returns:
         The adversarial images, detached, in [lo, hi], with shape, dtype and memory format of `images`.

@@ -1,4 +1,4 @@
-"""What attacks on the host share: `run_search` gives them a model to query, `confirmed` tests what they found."""
+"""Shared by attacks on the host: `run_search` gives them a model to query, `confirmed` tests what they found."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ _UNITS_OF_ROUNDING = 100
 class Queries:
     """The logits and input gradients of a model in eval mode, for any part of a batch, with the labels checked once.
 
-    Logits of 16 bits are returned, and losses of them formed, in float32: their differences are what searches compare.
+    16-bit logits are returned in float32, and losses are computed from them in float32, because searches compare their
+    differences.
     """
 
     def __init__(
@@ -46,16 +47,16 @@ class Queries:
     ) -> None:
         self._model, self._gradients, self._label_range = model, gradients, label_range
         self.attacked = attacked
-        """The model of the caller, in place of which a twin may run."""
+        """The caller's model; a twin may run in its place."""
         self.unit = 0.0
-        """A unit in the last place of the model's logits, as a share of the largest; 0 before the first ones."""
+        """A unit in the last place of the model's logits, as a share of the largest; 0 before the first query."""
 
     def logits(self, x: Tensor) -> Tensor:
         """The logits [N, classes] of images [N, ...]."""
         return self._checked(self._gradients.logits(x), len(x))
 
     def own_logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The logits that the model itself returns, without the engine, and a bound of their rounding [N]."""
+        """The logits that the model itself returns, without the engine, and a bound on their rounding [N]."""
         with torch.no_grad():
             logits = self._checked(self._model(x), len(x))
         return logits, _UNITS_OF_ROUNDING * self.unit * largest_logit(logits)
@@ -63,7 +64,7 @@ class Queries:
     def gradient(self, x: Tensor, loss: LossOfLogits) -> Tensor:
         """The gradient of loss(logits), summed over the images, with respect to the images; 0 where it is not finite.
 
-        So one pixel without a gradient does not stop the attack on its image, as in the steps of PGD.
+        So, as in PGD, a pixel without a finite gradient does not stop the attack on its image.
         """
         return _finite(self._gradients.gradient(x, lambda logits: loss(self._checked(logits, len(x)))))
 
@@ -80,7 +81,7 @@ class Queries:
         return values[0], _finite(gradient)
 
     def logits_and_gradients(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The logits [N, classes] and the gradient [N, classes, ...] of each: one pass forward and `classes` back."""
+        """The logits [N, classes] and the gradient [N, classes, ...] of each: one pass forward, `classes` backward."""
         with torch.enable_grad(), frozen_weights(self._model):
             x = x.detach().requires_grad_()
             logits = self._checked(self._model(x), len(x))
@@ -103,7 +104,7 @@ Search = Callable[[Queries, Tensor, Tensor], Tensor]
 def run_search(
     search: Search, model: Model, images: Tensor, labels: Tensor, lo: Values, hi: Values, check: bool, engine: bool
 ) -> Tensor:
-    """Check a batch and run a search on it with the model in eval mode; at the end the model is as it was.
+    """Check a batch and run a search on it with the model in eval mode; the model is left as it was.
 
     Args:
         search: finds the adversarial images; it is not called for an empty batch.
@@ -112,7 +113,7 @@ def run_search(
         labels: int64 tensor [N].
         lo, hi: range of pixel values, numbers or tensors [C].
         check: whether to check the values of images and labels.
-        engine: whether the engine may form logits and gradients.
+        engine: whether the engine may compute logits and gradients.
 
     Returns:
         The adversarial images, detached, with shape, dtype and memory format of `images`.
@@ -126,7 +127,7 @@ def run_search(
     check_images(images)
     check_labels(images, labels)
     label_range = check_batch(images, labels, lo=lo, hi=hi) if check else None
-    # Autograd cannot use tensors made in inference mode, so both are copied outside of it.
+    # Autograd cannot use tensors made in inference mode, so both are copied outside of that mode.
     with torch.inference_mode(False), torch.no_grad(), in_mode(module, "eval") as model:
         images, labels = images.clone(), labels.clone()
         if not len(images):
@@ -137,9 +138,9 @@ def run_search(
 
 
 def advantage(logits: Tensor, labels: Tensor, targeted: bool) -> Tensor:
-    """The margin by which each image is adversarial, [N]: positive if it is misclassified, or at its target.
+    """The margin by which each image is adversarial, [N]: positive if it is misclassified or at its target.
 
-    An image with a NaN among its logits has no class: its margin is infinite, and negative if it has a target.
+    An image with a NaN among its logits has no class: its margin is infinity, or minus infinity if it has a target.
     """
     gain = -margin(logits, labels) if targeted else margin(logits, labels)
     return gain.masked_fill(logits.isnan().any(1), -torch.inf if targeted else torch.inf)
@@ -151,9 +152,9 @@ def robust_images(logits: Tensor, labels: Tensor, targeted: bool) -> Tensor:
 
 
 def largest_logit(logits: Tensor) -> Tensor:
-    """The largest absolute logit of each image [N], of the classes that softmax gives a probability above 0.
+    """The largest absolute logit of each image [N], among the classes whose softmax probability is above 0.
 
-    The others are often masked, by -inf or a large negative number, which says nothing about rounding.
+    The others are often masked by -inf or a large negative number, and that says nothing about rounding.
     """
     return logits.abs().where(logits.softmax(1) > 0, 0).amax(1)
 
@@ -163,20 +164,20 @@ def _finite(gradient: Tensor) -> Tensor:
 
 
 def confirmed(model: Queries, found: Tensor, images: Tensor, labels: Tensor, ball: Ball, targeted: bool) -> Tensor:
-    """The examples found that the model itself, without the engine, misclassifies; else the clean images.
+    """The found examples if the model itself, without the engine, misclassifies them; else the clean images.
 
     A search for the least distance ends so near to the boundary that rounding decides the class, and the engine, or
-    another size of the batch, rounds otherwise. So the perturbation is made up to 1 % longer, by the factors of
-    `_PUSHES` in turn, until the margin exceeds rounding; where none does, the last that is misclassified counts. In a
-    dtype of few bits that is often the example as it was found.
+    another batch size, rounds differently. So the perturbation is made up to 1 % longer, by the factors in `_PUSHES` in
+    turn, until the margin exceeds rounding. If it never does, the last misclassified example counts. In a dtype of few
+    bits that is often the example as it was found.
 
     Args:
         model: the model under attack.
-        found: float tensor [N, ...], what the search has found; the clean image where that is nothing.
+        found: float tensor [N, ...], the examples that the search found, or the clean image if it found none.
         images: float tensor [N, ...], the clean images.
         labels: int64 tensor [N].
         ball: the images that may be returned, `on` these images.
-        targeted: whether an image is adversarial where it is classified as its label.
+        targeted: whether an image is adversarial if it is classified as its label.
 
     Returns:
         A tensor with shape and dtype of `images`.

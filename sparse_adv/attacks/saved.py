@@ -31,9 +31,9 @@ class Found(NamedTuple):
     accuracy: float
     """Robust accuracy in percent."""
     distance: float
-    """Mean l2 distance of the examples that are not robust; 0 without one."""
+    """Mean l2 distance of the adversarial examples; 0 if there is none."""
     seconds: float
-    """Time of a batch."""
+    """Mean time per batch."""
 
 
 def attacked(
@@ -43,7 +43,7 @@ def attacked(
     more: set[str],
     save_type: str,
 ) -> Found:
-    """Attack all batches and write the file of `Attack.save`, with the entries `more` too."""
+    """Attack all batches and write the file of `Attack.save`, also with the entries in `more`."""
     check_type("save_type", save_type)
     if path is not None:
         check_writable(Path(path))
@@ -117,7 +117,7 @@ def check_type(name: str, kind: object) -> None:
 
 
 def to_type(images: Tensor, kind: str) -> Tensor:
-    """Images of bytes as float, or of float as bytes; others as they are."""
+    """Byte images as float, or float images as bytes; others unchanged."""
     check_type("type", kind)
     check_tensors(inputs=images)
     if kind == "int" and images.is_floating_point():

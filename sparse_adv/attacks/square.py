@@ -20,7 +20,7 @@ from sparse_adv.attacks.queries import Queries, advantage, robust_images, run_se
 from sparse_adv.ops.arguments import check_flags
 
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
-"""The share of changed pixels is halved after these numbers of queries, of `_QUERIES`."""
+"""The share of changed pixels is halved after these numbers of queries, out of `_QUERIES`."""
 _QUERIES = 10000
 
 
@@ -43,12 +43,12 @@ def square(
     check: bool = True,
     engine: bool = True,
 ) -> Tensor:
-    """Square attack: keep x + delta of a random delta, nonzero in a square, wherever this lowers z_y - max_{k!=y} z_k.
+    """Square attack: keep a random change of one square wherever it lowers z_y - max_{k!=y} z_k.
 
     The side of the square is the rounded root of p * height * width. p starts at p_init and is halved after 10, 50,
-    200, 500, 1000, 2000, 4000, 6000 and 8000 queries, in ten thousandths of `queries`. For linf, delta takes each
-    channel of the square to x - eps or x + eps, and the search starts with vertical stripes; for l2, it moves mass of
-    the perturbation into the square, whose values fall off from two centres. An image is queried until it is
+    200, 500, 1000, 2000, 4000, 6000 and 8000 queries, in ten thousandths of `queries`. For linf, a change sets each
+    channel of the square to x - eps or x + eps, and the search starts with vertical stripes. For l2, it moves mass of
+    the perturbation into the square, with values that fall off from two centres. An image is queried until it is
     adversarial. If targeted, cross-entropy with the target is lowered instead.
 
     Args:
@@ -58,20 +58,21 @@ def square(
         norm: "linf" or "l2", also written "Linf" or "L2".
         eps: radius of the ball around each image, in units of the images: a number, or a float tensor [N] of one for
             each image.
-        queries: passes forward for each image and restart, with the one of the start.
+        queries: forward passes for each image and restart, including the one at the start.
         p_init: share of the pixels that the first squares change, in (0, 1].
         restarts: number of searches for each image; a restart attacks the images that are still robust.
-        resc_schedule: False to halve p after these numbers of queries as they are, as AutoAttack does.
-        loss: "margin" lowers z_y - max_{k!=y} z_k, "ce" raises the cross-entropy; an image of another class ends both.
+        resc_schedule: whether to scale the numbers above to `queries`; AutoAttack does not.
+        loss: "margin" lowers z_y - max_{k!=y} z_k, "ce" raises the cross-entropy; both end when the class changes.
         targeted: search for images of the classes `labels` instead of images of other classes.
-        generator: one number is drawn of it; None for PyTorch's global generator.
+        generator: one number is drawn from it; None for PyTorch's global generator.
         lo, hi: range of pixel values: a number, or a float tensor [C] of one for each channel.
         check: check the values of images and labels.
-        engine: whether the engine may form the logits, see `sparse_adv.engine`.
+        engine: whether the engine may compute the logits, see `sparse_adv.engine`.
 
     Returns:
         The adversarial images, detached, with shape, dtype and memory format of `images`, without slack in the ball and
-        in [lo, hi]; where the search failed, the best image it found, and where the clean image is adversarial, that.
+        in [lo, hi]. If the search failed, the best image that it found; if the clean image is adversarial, the clean
+        image.
 
     Raises:
         TypeError: if model cannot be called, images are not floating point or labels not integers.
@@ -180,7 +181,7 @@ def _one_search(
     adv = start(images, ball, draw)
     loss, broken = _score(model, adv, labels, targeted, by_margin)
     for query in range(1, queries):
-        left = _robust(broken)
+        left = (~broken).nonzero().squeeze(1)
         if not len(left):
             break
         share = p_init / 2 ** sum(query * _QUERIES // span > halving for halving in _HALVINGS)
@@ -195,14 +196,9 @@ def _one_search(
 
 
 def check_has_squares(images: object) -> None:
-    """Raise ValueError if these are tensors of another number of dimensions than images of rows and columns."""
+    """Raise ValueError if this is a tensor, but not of the shape [N, channels, height, width]."""
     if isinstance(images, Tensor) and images.dim() != 4:
         raise ValueError(f"images must be [N, channels, height, width] for square, got shape {tuple(images.shape)}")
-
-
-def _robust(broken: Tensor) -> Tensor:
-    """The indices of the images that are not adversarial."""
-    return (~broken).nonzero().squeeze(1)
 
 
 def _score(model: Queries, adv: Tensor, labels: Tensor, targeted: bool, by_margin: bool) -> tuple[Tensor, Tensor]:
@@ -241,7 +237,7 @@ def _start_l2(images: Tensor, ball: Ball, draw: torch.Generator) -> Tensor:
 
 
 def _propose_l2(adv: Tensor, images: Tensor, share: float, ball: Ball, draw: torch.Generator) -> Tensor:
-    """Mass of the perturbation moves from one square, and from what eps leaves unused, into another (algorithm 3)."""
+    """Move mass of the perturbation from one square, and mass that eps leaves unused, into another (algorithm 3)."""
     count, channels, height, width = images.shape
     side = min(max(round(math.sqrt(share * height * width)), 3) // 2 * 2 + 1, height, width)
     offset = adv - images
@@ -289,13 +285,13 @@ def _signs(shape: tuple[int, ...], images: Tensor, draw: torch.Generator) -> Ten
 
 
 def _unit(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """Divided by the l2 norm over these dimensions; zeros stay zeros."""
+    """x divided by its l2 norm over these dimensions; zeros stay zeros."""
     length = torch.linalg.vector_norm(x, dim=dims, keepdim=True)
     return x / length.where(length > 0, 1)
 
 
 def _bumps(side: int, images: Tensor) -> Tensor:
-    """The shape of a change in l2, [side, side]: a bump, and one of the other sign beside it (equation 2)."""
+    """The shape of a change in l2, [side, side]: two adjacent bumps of opposite sign (equation 2)."""
     left = _bump(side, side // 2)
     return torch.cat([left, -_bump(side, side - side // 2)], 1).to(images)
 

@@ -1,4 +1,4 @@
-"""Which classes a targeted attack is to reach, chosen from the true classes and the logits of the clean images."""
+"""Chooses the classes that a targeted attack is to reach, from the true classes and the logits of the clean images."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Logits = Callable[[Tensor], Tensor]
 """logits(images) -> [N, classes]."""
 
 Targets = Callable[[Logits, Tensor, Tensor], Tensor]
-"""targets(logits, images, labels) -> the classes to reach, by the logits of the attacked model."""
+"""targets(logits, images, labels) -> the classes to reach; `logits` belongs to the attacked model."""
 
 
 def given_targets(function: TargetFunction, logits: Logits, images: Tensor, labels: Tensor) -> Tensor:
-    """What a function of the caller's says."""
+    """The classes that the caller's function gives."""
     return function(images, labels)
 
 
@@ -39,7 +39,7 @@ def least_likely(kth_min: int, logits: Logits, images: Tensor, labels: Tensor) -
 
 
 def _checked_logits(logits: Logits, images: Tensor, labels: Tensor) -> Tensor:
-    """The logits of images; ValueError unless their labels are classes of the model, which has others."""
+    """The logits of images; ValueError unless their labels are classes of the model and it has other classes too."""
     check_labels(images, labels)
     of_images = logits(images)
     classes = of_images.shape[1]

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.gradient_attack import GradientAttack
-from sparse_adv.attacks.loop import run_attack
 from sparse_adv.attacks.options import AttackOptions, CommonOptions, check_names, tpgd_start
+from sparse_adv.attacks.run_attack import run_attack
 
 
 def tpgd(
@@ -24,8 +24,8 @@ def tpgd(
 ) -> Tensor:
     """The attack of TRADES: PGD that maximises KL(p(images) || p(adv)), without labels.
 
-    It starts from uniform noise in [-0.001, 0.001], for l2 in the ball of radius 0.05 (as long as noise of 0.001 on an
-    image of CIFAR), because the divergence has no gradient at the clean images. Their probabilities p(images) are
+    It starts from uniform noise, because the divergence has no gradient at the clean images: in [-0.001, 0.001], or for
+    l2 in the ball of radius 0.05 (the length of noise of 0.001 on a CIFAR image). Their probabilities p(images) are
     computed once.
 
     Args:

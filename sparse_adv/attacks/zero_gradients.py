@@ -1,4 +1,4 @@
-"""A warning about a model whose gradient moves no image: it looks robust, and has not been attacked at all."""
+"""A warning about a model whose gradient moves no image: it looks robust, but was not really attacked."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from sparse_adv.attacks.losses import Loss, SmoothedCrossEntropy, cross_entropy,
 log = logging.getLogger(__name__)
 
 _told: WeakSet[object] = WeakSet()
-"""The models that were warned of; of functions their code, of other objects their class."""
+"""The models that were warned of; functions are kept by their code, other callables by their class."""
 
 
 def is_telling(loss: str | Loss, targeted: bool) -> bool:
-    """Return whether a gradient of 0 shows that the attack cannot work, and not that it has nothing left to gain.
+    """Return whether a gradient of 0 shows that the attack cannot work, rather than that it has nothing left to gain.
 
-    The gradient of "dlr" is 0 also for images whose label has the third highest logit, that of a function of the caller
-    may be 0 for all that are misclassified, and that of a target is 0 where softmax has reached it.
+    The gradient of "dlr" is also 0 for images whose label has the third highest logit. The gradient of the caller's own
+    function may be 0 for all misclassified images, and with a target it is 0 where softmax has reached the target.
     """
     return not targeted and (isinstance(loss, SmoothedCrossEntropy) or loss in ("ce", "margin", cross_entropy, margin))
 
@@ -28,7 +28,7 @@ def is_telling(loss: str | Loss, targeted: bool) -> bool:
 def warn_if_zero(model: nn.Module, gradient: Tensor) -> None:
     """Log a warning, once for each model, if the gradient is 0 for all images of a batch.
 
-    On a GPU it is not looked at: the host would wait for it, which a CUDA graph does not allow.
+    On a GPU the gradient is not read: the host would wait for it, and a CUDA graph does not allow that.
 
     Args:
         model: the model under attack, or the module around a function, see `checks.as_module`.
@@ -38,7 +38,7 @@ def warn_if_zero(model: nn.Module, gradient: Tensor) -> None:
         return
     told_of: object = model
     if isinstance(model, PlainFunction):
-        # A lambda that is written in a loop is a new function in each turn, of the same code.
+        # A lambda inside a loop is a new function in each turn, with the same code.
         told_of = getattr(model.function[0], "__code__", type(model.function[0]))
     if told_of not in _told:
         _told.add(told_of)

@@ -16,7 +16,7 @@ from sparse_adv import attacks, data, experiment, facts, json_files
 from sparse_adv.argument_types import check_count
 from sparse_adv.attacks.autoattack_state import OtherRunError
 from sparse_adv.commands import networks
-from sparse_adv.commands.options import POSITIONAL
+from sparse_adv.commands.options import POSITIONAL, check_folder
 from sparse_adv.commands.output import Output
 from sparse_adv.config import DataConfig
 from sparse_adv.config.checks import require_radius
@@ -25,12 +25,12 @@ from sparse_adv.report.tables import table
 from sparse_adv.training import distributed
 
 SPARSITIES = {"weights": (90, 95, 99), "filters": (50, 75, 90)}
-"""Percent of the weights, or of the filters, that the benchmark's networks have pruned."""
+"""Percentages of weights, or of filters, that are pruned in the benchmark's networks."""
 TOLERANCE = 0.5
 """The measured percentage may differ by this many points."""
 
 FMN_FIRST, FMN_IMAGES, FMN_STEPS, FMN_EPS = 2048, 128, 200, 8 / 255
-"""The benchmark attacks 128 images from number 2048 on, and tunes on those before; of fewer images, the last 128."""
+"""The benchmark attacks 128 images from number 2048 on, and tunes on those before. With fewer images, the last 128."""
 
 ROW, MARKDOWN = "row.json", "row.md"
 
@@ -99,7 +99,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Sparsity:
-    """Percent of the weights that are zero, and of the convolutions' filters whose weights are all zero."""
+    """Percentages of weights that are zero, and of the convolutions' filters whose weights are all zero."""
 
     weights: float
     filters: float
@@ -152,7 +152,7 @@ class BenchmarkRow:
     images: int
     structure: str
     sparsity: int
-    """Percent pruned, as --sparsity says."""
+    """Percentage pruned, as given by --sparsity."""
     measured_sparsity: Sparsity
     clean: float
     autoattack: list[AutoAttackScore]
@@ -164,6 +164,7 @@ class BenchmarkRow:
 
 
 def run(options: Options) -> int:
+    check_folder(options.out)
     with distributed.group(options.device) as device:
         if distributed.world_size() > 1:
             raise ValueError(f"benchmark runs in one process, got {distributed.world_size()}")
@@ -204,7 +205,7 @@ def run(options: Options) -> int:
         try:
             json_files.write(options.out / ROW, row)
             write_text(options.out / MARKDOWN, text)
-        finally:  # where one of the two cannot be written, the other has the result
+        finally:  # if one of the two cannot be written, the other has the result
             output.print(text, json_files.to_json(row))
     return 0
 
@@ -232,7 +233,7 @@ def measured_sparsity(model: nn.Module) -> Sparsity:
 
 
 def markdown(row: BenchmarkRow) -> str:
-    """The row as a Markdown table of one row, and what ran with which budget."""
+    """The row as a Markdown table, and the attacks that ran with their budgets."""
     fmn, scores = row.fmn, row.autoattack
     measured = getattr(row.measured_sparsity, row.structure)
     cells = {
@@ -313,7 +314,7 @@ def _fmn(model: nn.Module, x: Tensor, y: Tensor, batch: int) -> FMNScore:
 
 
 def _peak_memory(device: torch.device) -> int:
-    """The peak memory in bytes: of the GPU where one is used, else of the process."""
+    """The peak memory in bytes: of the GPU if one is used, else of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

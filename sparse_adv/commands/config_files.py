@@ -13,15 +13,20 @@ from jsonargparse import ActionYesNo, ArgumentParser, set_loader
 from sparse_adv import recipes
 
 _MAX_CONFIG, _MAX_DEPTH, _MAX_EVENTS = 1 << 16, 20, 1000
-"""Bytes, levels and events of a config file; jsonargparse takes seconds for some thousand keys."""
+"""Most bytes, levels and events of a config file; jsonargparse takes seconds for some thousand keys."""
 _NOT_IN_A_FILE = frozenset({"config", "print_config", "help"})
 """Options that a config file cannot have."""
+_ONLY_OF = {
+    "train": ("name", "ticket", "reinit", "shuffle", "method", "interval"),
+    "search": ("score", "rounds", "rewind_step", "keep_weights", "half_resolution"),
+}
+"""Some options of the commands that write a config.yaml, by which its command is recognised."""
 MODE = "sparse_adv"
 """Name of the function that reads config files, for jsonargparse."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads null, true, false and text: flags parse text, and a folder that is called 1e3 is not 1000.0."""
+    """Reads only null, true, false and text: flags parse text themselves, and a folder called 1e3 is not 1000.0."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012
         first: [each for each in resolvers if each[0].rpartition(":")[2] in ("bool", "null")]
@@ -37,7 +42,7 @@ set_loader(MODE, _load, (yaml.YAMLError,))
 
 
 def split(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
-    """Return the config files that arguments name, of a recipe its file, and the other arguments.
+    """Return the config files that arguments name (for a recipe, its file), and the other arguments.
 
     Examples:
         >>> split(["--epochs", "1", "--config", "a.yaml", "--config=b.yaml", "--", "--config"])[1]
@@ -53,17 +58,19 @@ def split(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
         elif is_joined or (name := next(words, "")):
             files.append(recipes.path(name[len(recipes.PREFIX) :]) if name.startswith(recipes.PREFIX) else Path(name))
         else:
-            others.append(word)  # without a file, which the parser says
+            others.append(word)  # no file is given: the parser says so
     return files, others
 
 
 def check(parser: ArgumentParser, file: Path) -> None:
     """Raise ValueError unless a file is a YAML mapping from options to values.
 
-    What grows when it is read, by aliases or nesting, is refused, and so is a key that is there twice, of which YAML
-    drops the first.
+    Content that grows when it is read, by aliases or nesting, is refused. So is a repeated key, because YAML would drop
+    its first value.
     """
-    with file.open("rb") as opened:  # FileNotFoundError names the file
+    if not file.exists():
+        raise FileNotFoundError(f"--config {file}: there is no such file")
+    with file.open("rb") as opened:
         content = opened.read(_MAX_CONFIG + 1)
     if len(content) > _MAX_CONFIG:
         raise ValueError(f"{file} must have at most {_MAX_CONFIG >> 10} KiB")
@@ -98,7 +105,10 @@ def _check_keys(parser: ArgumentParser, file: Path, root: yaml.MappingNode) -> N
         if name in _NOT_IN_A_FILE:
             raise ValueError(f"{file} has the key {name!r}, which is for the command line only")
         if action is None and name not in positional:
-            raise ValueError(f"{file}: {no_option(name, known)}")
+            other = next((other for other, keys in _ONLY_OF.items() if name in keys), None)
+            foreign = f"{name!r} is an option of `{other}`, not of this command"
+            unknown = no_option(name, known) if other is None else foreign
+            raise ValueError(f"{file}: {unknown}")
         if isinstance(action, ActionYesNo) and name != action.dest.replace("-", "_"):
             raise ValueError(f"{file} has the key {name!r}: write '{action.dest}: false'")
         if isinstance(action, ActionYesNo) and not _is_true_or_false(value, action.default):
@@ -113,7 +123,7 @@ def _text_of(node: yaml.Node) -> str:
 
 
 def _is_true_or_false(value: yaml.Node, default: object) -> bool:
-    """Whether a value may be that of a switch; null may stand for a default that is None."""
+    """Whether a switch may have this value; null may stand for a default that is None."""
     tag = value.tag.rpartition(":")[2]
     words = ("true", "false", "yes", "no")
     return tag == "bool" or (tag == "null" and default is None) or (tag == "str" and value.value.lower() in words)
@@ -125,8 +135,8 @@ def actions_by_flag(parser: ArgumentParser) -> dict[str, argparse.Action]:
 
 
 def no_option(given: str, flags: Iterable[str]) -> str:
-    """Say that there is no such flag, or key of a config file, and which one may have been meant."""
+    """Say that there is no such flag or key of a config file, and which one may have been meant."""
     names = [flag.removeprefix("--") for flag in flags if flag.startswith("--")]
-    near = get_close_matches(given.removeprefix("--").replace("_", "-"), names, n=1)
+    near = get_close_matches(given.removeprefix("--").replace("_", "-"), names, n=1, cutoff=0.75)
     meant = [f"--{name}" if given.startswith("--") else name.replace("-", "_") for name in near]
     return f"there is no option {given[:40]!r}" + (f"; did you mean {meant[0]!r}?" if meant else "")

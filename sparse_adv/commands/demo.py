@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparse_adv import demo
-from sparse_adv.commands.options import AFTER_A_STOP
+from sparse_adv.argument_types import check_count
+from sparse_adv.commands.options import AFTER_A_STOP, check_folder
 from sparse_adv.memory import keep_freed_memory
 
 
@@ -20,8 +21,8 @@ class Options:
 
     Args:
         out: folder for the runs and the report.
-        epochs: epochs of adversarial training, for each run.
-        search_epochs: epochs of the search.
+        epochs: epochs of adversarial training, for each run, at least 1.
+        search_epochs: epochs of the search, at least 1.
         density: fraction of the weights that the ticket keeps.
         block: block shape of the mask, BO,BI or BO,BI,BR,BS.
         seed: seed of split, weights, order of images and attacks.
@@ -36,8 +37,13 @@ class Options:
 
     after_a_stop = AFTER_A_STOP
 
+    def __post_init__(self) -> None:
+        check_count("--epochs", self.epochs, least=1)
+        check_count("--search-epochs", self.search_epochs, least=1)
+
 
 def run(options: Options) -> int:
+    check_folder(options.out)
     keep_freed_memory()
     print(
         demo.run(

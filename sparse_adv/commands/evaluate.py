@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,8 +20,10 @@ from sparse_adv.commands.output import Output, check_new
 from sparse_adv.config import DataConfig, Norm, TrainConfig
 from sparse_adv.config.checks import require_radius
 from sparse_adv.files import check_writable, write_text
+from sparse_adv.masks.layers import device_of
 from sparse_adv.training import clean_accuracy, deterministic, distributed, fgsm_accuracy, robust_accuracy
-from sparse_adv.training.evaluation import model_device
+
+log = logging.getLogger(__name__)
 
 CONFIGURABLE = True
 
@@ -28,7 +31,7 @@ STEPS, RESTARTS = 20, 1
 """Defaults of PGD on the cross-entropy."""
 BOUND_STEPS, BOUND_RESTARTS = 50, 5
 CHECKED_IMAGES = 64
-"""Images at which signs of gradient masking are looked for."""
+"""Number of images at which to look for signs of gradient masking."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ class Options:
                     raise ValueError(f"--{name} is for --attack {attack}, got --attack {self.attack}")
         for name in ("limit", "validation"):
             if getattr(self, name) is not None and self.split == "test":
-                raise ValueError(f"--{name} divides the training images: choose some of them with --split")
+                raise ValueError(f"--{name} applies to --split train or validation, got --split test")
         if self.out is not None:
             check_new("--out", self.out, self.what, self.state)
 
@@ -143,6 +146,7 @@ def run(options: Options) -> int:
         eps = train.eps if options.eps is None else options.eps
         ball: BallArgs = {"eps": eps, "norm": options.norm or train.norm}
         require_radius(**ball)
+        require_radius(options.alpha or 0, ball["norm"], "alpha")
         # Validation images stay those that were held out, whatever the seed of the attacks.
         dataset = experiment.load_data(wanted, seed if known is None else train.seed, device)
         model = networks.trained(
@@ -183,13 +187,13 @@ def run(options: Options) -> int:
         try:
             if options.out and distributed.rank() == 0:
                 write_text(options.out, json.dumps(result, indent=2) + "\n")
-        finally:  # where one of the two cannot be written, the other has the result
+        finally:  # if one of the two cannot be written, the other has the result
             output.print("\n".join([text, *(f"warning: {sign}" for sign in signs)]), result)
     return 0
 
 
 def _images(options: Options, known: DataConfig | None) -> DataConfig:
-    """The images that the flags name, or else the run or the ticket."""
+    """The images named by the flags, else by the run or the ticket."""
     if options.data is None and known is None:
         raise ValueError(f"{options.what} does not say which images it is for: name them with --data")
     given = {name: getattr(options, name) for name in ("data", "limit", "validation")}
@@ -214,9 +218,9 @@ class Measured(NamedTuple):
     meaning: str
     """What the accuracies mean."""
     signs: list[str]
-    """Signs that they are not to be trusted."""
+    """Signs that they cannot be trusted."""
     unconfirmed: dict[str, int] | None = None
-    """For each attack of AutoAttack the examples that float32 did not confirm."""
+    """For each attack of AutoAttack, the number of examples that float32 did not confirm."""
 
 
 def _step_size(options: Options, eps: float) -> float:
@@ -228,6 +232,8 @@ def _bound(options: Options, model: nn.Module, images: data.Split, seed: int, ba
     """Accuracies under attacks that take seconds."""
     steps, restarts = options.steps or STEPS, options.restarts or RESTARTS
     name = f"pgd-{steps}" + (f" x {restarts}" if restarts > 1 else "")
+    attacked = f"clean, fgsm, {name}, pgd-{BOUND_STEPS} x {BOUND_RESTARTS} on the margin"
+    log.info("testing on %s images: %s", f"{len(images.labels):,}", attacked)
     step: dict[str, Any] = {"alpha": _step_size(options, ball["eps"]), "seed": seed}
     clean = clean_accuracy(model, images)
     fgsm = fgsm_accuracy(model, images, **ball)
@@ -240,7 +246,7 @@ def _bound(options: Options, model: nn.Module, images: data.Split, seed: int, ba
         f"robust accuracy is at most {robust.fraction:.1%}: the images that withstood fgsm and {name}, and then "
         f"pgd-{BOUND_STEPS} on the margin with {BOUND_RESTARTS} restarts; for a number to report, --attack autoattack"
     )
-    device = model_device(model)
+    device = device_of(model)
     x, y = (tensor[:CHECKED_IMAGES].to(device) for tensor in (images.images, images.labels))
     return Measured(accuracies, robust.fraction, meaning, attacks.signs_of_masking(model, data.to_unit(x), y, **ball))
 

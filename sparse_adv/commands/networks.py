@@ -1,7 +1,8 @@
-"""The network of a command: from its flags, or else from a ticket or an earlier run."""
+"""The network of a command: from its flags, else from a ticket or an earlier run."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -11,14 +12,17 @@ from torch import nn
 from sparse_adv import data, experiment, masks, runs
 from sparse_adv.config import DataConfig, NetworkConfig
 from sparse_adv.models.checkpoints import sizes_of
+from sparse_adv.training import distributed
+
+log = logging.getLogger(__name__)
 
 
 def agreed(arch: str | None, width: int | None, known: Mapping[str, Any], source: str) -> NetworkConfig:
-    """Return architecture and width from the flags, or else from a ticket or run.
+    """Return architecture and width from the flags, else from a ticket or run.
 
     Args:
-        arch, width: the flags; None where they are left out.
-        known: architecture and width that the ticket or the run records, if it does.
+        arch, width: the flags; None if they are left out.
+        known: architecture and width in the record of the ticket or the run, if they are there.
         source: name of the ticket or the run, for errors.
 
     Raises:
@@ -35,11 +39,11 @@ def agreed(arch: str | None, width: int | None, known: Mapping[str, Any], source
 
 
 def weights_of(what: Path, weights: Literal["best", "last"] | None = None) -> Path:
-    """Return the file of weights of a run's folder, those of its best or of its last epoch; of a file itself.
+    """Return the file of weights in a run's folder, from its best or its last epoch; a file is returned itself.
 
     Args:
         what: folder of a run, or a file.
-        weights: which; None for those that the run tests, of its best epoch or, where there is none, of its last.
+        weights: which; None for those that the run tests: from its best epoch or, if there is none, its last.
 
     Raises:
         FileNotFoundError: if the folder holds no run.
@@ -48,7 +52,9 @@ def weights_of(what: Path, weights: Literal["best", "last"] | None = None) -> Pa
     if not what.is_dir():
         return what
     run = runs.read(what)
-    if weights is None:
+    if weights is None and isinstance(run.result, runs.TrainResult):
+        weights = run.result.tested
+    elif weights is None:
         weights = "best" if runs.best(run.records, run.info.train) else "last"
     path = what / (runs.BEST if weights == "best" else runs.LAST)
     if run.info.kind == "search" and not path.exists():
@@ -74,24 +80,24 @@ def trained(
         arch, width, normalize: the flags; None where they are left out.
 
     Raises:
-        ValueError: if the weights do not fit the network, nothing says which one it is, or it was trained on images of
-            other classes.
+        ValueError: if the weights do not fit the network, no network is named, or it was trained on images of other
+            classes.
     """
     _check_class_names(pruned, dataset, source)
     return experiment.load_network(agreed(arch, width, pruned.provenance, source), dataset, pruned, normalize)
 
 
 def check_images(ticket: masks.Ticket, arch: str, dataset: data.Dataset, images: str, source: str) -> None:
-    """Raise ValueError if a ticket is for other images than those that the command reads, or for other classes.
+    """Raise ValueError if a ticket is for other images or classes than those that the command reads.
 
-    Where these may be the default, which the digits are, other images are those of any other shape; else those of
-    another number of channels.
+    The digits may be read only because they are the default, so with them any other shape is refused; else only another
+    number of channels is.
 
     Args:
         ticket: the ticket.
         arch: its architecture.
         dataset: the images that the command reads.
-        images: what --data says.
+        images: the value of --data.
         source: name of the ticket, for errors.
     """
     _check_class_names(ticket, dataset, source)
@@ -108,8 +114,33 @@ def check_images(ticket: masks.Ticket, arch: str, dataset: data.Dataset, images:
     )
 
 
+def warn_of_trained_images(ticket: masks.Ticket, images: DataConfig, seed: int, source: str) -> None:
+    """Log a warning if the weights of a ticket were trained on images that may now be among those for validation.
+
+    Args:
+        ticket: the ticket, whose weights are to be trained further.
+        images: those of the training.
+        seed: of the training.
+        source: name of the ticket, for the warning.
+    """
+    then, pruning = experiment.images_of(ticket, source), ticket.provenance.get("prune")
+    if then is None or Path(then.data).name != Path(images.data).name or distributed.rank() > 0:
+        return
+    if isinstance(pruning, dict) and not pruning.get("keep_weights"):
+        return
+    before = {"seed": ticket.provenance.get("seed", seed), "limit": then.limit, "validation": then.validation}
+    now = {"seed": seed, "limit": images.limit, "validation": images.validation}
+    if changes := ", ".join(f"{name} {value}, now {now[name]}" for name, value in before.items() if value != now[name]):
+        log.warning(
+            "%s has weights that were trained with other settings of the images (%s): unless these have validation "
+            "images of their own, the choice of the best epoch sees images that the weights were trained on",
+            source,
+            changes,
+        )
+
+
 def _check_class_names(pruned: masks.Ticket, dataset: data.Dataset, source: str) -> None:
-    """Raise ValueError if the classes of the images have other names than those that a network was trained for."""
+    """Raise ValueError if the classes of the images have other names than those of a network's training."""
     known, names = pruned.provenance.get("class_names"), dataset.class_names
     if not isinstance(known, list) or names is None:
         return

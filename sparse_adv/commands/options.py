@@ -1,8 +1,8 @@
 """Turns the dataclass of a command's options into flags, help and a config file, and parses these into the dataclass.
 
 A command is a module with a dataclass `Options`, whose docstring is the help, and a function `run(Options) -> int`.
-Fields that are dataclasses themselves (`TrainConfig`, ...) give a flag for each of their fields. A method
-`check_flags(flags)` may refuse flags that were given, whatever their values.
+A field that is itself a dataclass (`TrainConfig`, ...) gives a flag for each of its own fields. A method
+`check_flags(flags)` may refuse given flags, whatever their values are.
 """
 
 from __future__ import annotations
@@ -35,10 +35,14 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 POSITIONAL: dict[str, bool] = {"positional": True}
-"""Metadata of a field that is given by position and not by a flag."""
+"""Metadata of a field that is given by position instead of by a flag."""
 
 AFTER_A_STOP = "start the same command again, it continues after the last whole epoch"
 """What to do after an interruption, of commands that train."""
+_FLAG_OF = {"state_path": "state"}
+"""Flags with another name than the argument in Python that they are given to."""
+_TENSORS = frozenset({"images", "masks"})
+"""Arguments in Python that are no flags: those of the same names count images, or name a file."""
 NO_SETTING = frozenset({"config", "json"})
 """Options that are not settings of the run."""
 
@@ -75,7 +79,7 @@ def comma_separated(parse: Callable[[str, Any], T], name: str, value: str | Sequ
 
 
 def one_of(choices: tuple[str, ...], name: str, value: object) -> str:
-    """One of several words, in small or capital letters: torchattacks writes "Linf"."""
+    """One of several words, in lower or upper case: torchattacks writes "Linf"."""
     if not isinstance(value, str) or value.lower() not in choices:
         raise ArgumentTypeError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
     return value.lower()
@@ -120,9 +124,9 @@ def parser_of(command: str, options: type, configurable: bool = False) -> Argume
         parser_mode=config_files.MODE,
     )
     if configurable:
-        file = "YAML file whose keys are flags, which win over it"
+        file = "YAML file with one flag per key (flags on the command line override it)"
         if TrainConfig in get_type_hints(options).values():
-            file += f"; or {recipes.PREFIX} and one of {', '.join(recipes.names())}"
+            file += f", or a published recipe, written {recipes.PREFIX}NAME; names: {', '.join(recipes.names())}"
         parser.add_argument("--config", action="config", help=file)
     _add_fields(parser, parser, options, None)
     return parser
@@ -132,7 +136,7 @@ def parse(parser: ArgumentParser, options: type[T], arguments: Sequence[str]) ->
     """Parse the arguments of a command into its options.
 
     Raises:
-        ValueError: naming the flag or key that is wrong, and the one that may have been meant; if there is no such
+        ValueError: if a flag or key is wrong, naming it and the one that may have been meant; if there is no such
             recipe.
         FileNotFoundError: if a config file does not exist.
     """
@@ -144,14 +148,46 @@ def parse(parser: ArgumentParser, options: type[T], arguments: Sequence[str]) ->
     for file in files:
         config_files.check(parser, file)
     try:
-        # Files first, because the later of two values wins.
+        # Files first, because a later value replaces an earlier one.
         namespace = parser.parse_args([*(f"--config={file}" for file in files), *others])
     except (ArgumentError, ArgumentTypeError) as error:
-        raise ValueError(_sentence(error, known)) from error
+        raise ValueError(_spaced_list(parser, others) or _sentence(error, known)) from error
     built = _build(options, namespace)
     if hasattr(built, "check_flags"):
         built.check_flags(set(_flags(others)))
     return built
+
+
+def with_flag(message: str, arguments: Sequence[str]) -> str:
+    """Replace the Python argument at the start of an error message by its flag, if that is among the arguments.
+
+    Examples:
+        >>> with_flag("search_epochs must be at least 1, got 0", ["--search-epochs=0"])
+        '--search-epochs must be at least 1, got 0'
+    """
+    name, _, rest = message.partition(" ")
+    flag = f"--{_FLAG_OF.get(name, name).replace('_', '-')}"
+    is_given = flag in _flags(arguments) and name not in _TENSORS
+    says_so = name in _FLAG_OF or rest.startswith(("must ", "is ", "needs "))
+    return f"{flag} {rest}" if is_given and says_so else message
+
+
+def check_folder(path: Path) -> None:
+    """Raise NotADirectoryError if --out, or a folder above it, is a file."""
+    there = next((each for each in (path, *path.parents) if each.exists()), None)
+    if there is not None and not there.is_dir():
+        raise NotADirectoryError(f"--out must be a folder, got {path}, where {there} is a file")
+
+
+def _spaced_list(parser: ArgumentParser, words: Sequence[str]) -> str | None:
+    """What to write instead, if the numbers of a flag are separated by spaces and not by commas; else None."""
+    for flag, action in config_files.actions_by_flag(parser).items():
+        if flag in words and str(action.metavar) in ("N,N", "X,X"):
+            after = words[words.index(flag) + 1 :]
+            numbers = list(takewhile(lambda word: word.replace(".", "").isdecimal(), after))
+            if len(numbers) > 1:
+                return f"{flag} must be numbers separated by commas: write {flag} {','.join(numbers)}"
+    return None
 
 
 def _flags(arguments: Sequence[str]) -> list[str]:
@@ -177,7 +213,7 @@ def check_training(train: TrainConfig, default: TrainConfig) -> None:
 
     Args:
         train: the settings of the command.
-        default: those that it has by default.
+        default: its default settings.
     """
     refuse_unused(train, default, train.without_effect())
     if train.norm != default.norm and train.eps == default.eps:
@@ -187,7 +223,7 @@ def check_training(train: TrainConfig, default: TrainConfig) -> None:
 def write_config(folder: Path, options: DataclassInstance) -> None:
     """Write the options to config.yaml in a run's folder, for `--config`; only rank 0 writes.
 
-    `check_config` before the run has seen that it replaces none but an earlier one of the run.
+    `check_config` has made sure before the run that it replaces only an earlier config of the run.
     """
     if distributed.rank() == 0:
         given = {name: value for name, value in flat(options).items() if value is not None}
@@ -195,7 +231,8 @@ def write_config(folder: Path, options: DataclassInstance) -> None:
 
 
 def check_config(folder: Path) -> None:
-    """Raise ValueError if a folder without a run has a config.yaml, which is then the user's."""
+    """Raise NotADirectoryError if --out is a file, and ValueError if it holds the user's own config.yaml and no run."""
+    check_folder(folder)
     path = folder / runs.CONFIG
     if path.exists() and not (folder / runs.INFO).exists():
         raise ValueError(f"{path} would be replaced by the one that the run writes: rename it, or take another --out")
@@ -232,7 +269,7 @@ def _add_flag(group: Any, field: dataclasses.Field[Any], hint: Any, default: obj
         metavar = f"{{{','.join(get_args(hint))}}}"
     else:
         parse, metavar = _PARSERS.get(hint, (text, field.name.upper()))
-    if optional and hint not in (str, Path):  # there is a run, or a file, that is called null
+    if optional and hint not in (str, Path):  # a run or a file may be called null
         parse = partial(or_null, parse)
     more: dict[str, Any] = {"type": partial(parse, field.name), "help": help}
     if field.metadata.get("positional"):
@@ -268,7 +305,7 @@ def _build(kind: Any, namespace: Namespace) -> Any:
 
 
 def _sentence(error: Exception, flags: Container[str]) -> str:
-    """What was wrong: jsonargparse wraps the errors of argparse and of the functions above in errors of its own."""
+    """What was wrong: jsonargparse wraps the errors of argparse and of the functions above in its own errors."""
     causes = [error]
     while (cause := causes[-1].__cause__ or causes[-1].__context__) and isinstance(cause, Exception):
         causes.append(cause)

@@ -77,7 +77,7 @@ class Options:
         refuse_unused(self.method, Options.method, self.method.without_effect())
 
     def check_flags(self, flags: set[str]) -> None:
-        """Refuse flags of a method without one, also where they name the defaults: the run would be dense."""
+        """Refuse flags of a method if no method is given, even with default values: the run would be dense."""
         self._check_method(
             [name for name in vars(self.method) if {f"--{(flag := name.replace('_', '-'))}", f"--no-{flag}"} & flags]
         )
@@ -104,6 +104,8 @@ def run(options: Options) -> int:
             fitted = models.fit_ticket(ticket[0], network.arch, normalize=options.normalize, width=network.width)
             networks.check_images(fitted, network.arch, dataset, options.data.data, str(options.ticket))
             ticket = fitted, ticket[1]
+            if not options.reinit:
+                networks.warn_of_trained_images(fitted, options.data, options.train.seed, str(options.ticket))
         run = TrainRun(
             options.out,
             options.train,

@@ -1,10 +1,11 @@
-"""Values of configurations: as Python's own numbers, and checked, with the name of the field in the error."""
+"""Values of configurations: made Python's own numbers, and checked; errors name the field."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import fields
+from numbers import Real
 from types import NoneType
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -18,10 +19,10 @@ _LARGEST = 3.4e38
 def make_plain(record: DataclassInstance) -> None:
     """Replace scalars of NumPy and PyTorch in the fields of a dataclass by Python's numbers, and lists by tuples.
 
-    Only these can be written to JSON and read with `torch.load(weights_only=True)`, and compared with what was read.
+    Only such values can be written to JSON, read with `torch.load(weights_only=True)` and compared after reading.
 
     Raises:
-        ValueError: if a field that is declared as bool has another value: the text "no" would count as true.
+        ValueError: if a field declared as bool has another value: the text "no" would count as true.
 
     Examples:
         >>> import numpy as np
@@ -58,8 +59,20 @@ def require_number(name: str, value: object) -> None:
         raise ValueError(f"{name} must be at most {_LARGEST:g}, got {value!r}")
 
 
-def require_radius(eps: float, norm: str) -> None:
-    """Raise ValueError for a radius beyond all images, such as 8 for 8/255.
+def require_density(value: object) -> None:
+    if not is_number(value) or not 0 < value <= 1:
+        raise ValueError(f"density must be in (0, 1], got {value!r}")
+
+
+def require_part(value: object) -> None:
+    """Raise ValueError unless this is a part of the training images to hold out for validation."""
+    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    if not 0 < number < math.inf or (number > 1 and not number.is_integer()):
+        raise ValueError(f"validation must be a fraction in (0, 1) or a whole number of images, got {value!r}")
+
+
+def require_radius(eps: float, norm: str, name: str = "eps") -> None:
+    """Raise ValueError for a radius, or a step size, beyond all images, such as 8 for 8/255.
 
     Examples:
         >>> require_radius(8, "linf")
@@ -68,11 +81,11 @@ def require_radius(eps: float, norm: str) -> None:
         ValueError: eps must be at most 1 for norm 'linf', as 8/255 for images in [0, 1], got 8
     """
     if norm == "linf" and eps > 1:
-        raise ValueError(f"eps must be at most 1 for norm 'linf', as 8/255 for images in [0, 1], got {eps!r}")
+        raise ValueError(f"{name} must be at most 1 for norm 'linf', as 8/255 for images in [0, 1], got {eps!r}")
 
 
 def refuse_unused(config: object, default: object, without_effect: Mapping[str, str]) -> None:
-    """Raise ValueError if a field that has no effect has another value than by default, naming its flag.
+    """Raise ValueError if a field without effect differs from its default, naming its flag.
 
     Args:
         config: the configuration to check.
@@ -86,15 +99,21 @@ def refuse_unused(config: object, default: object, without_effect: Mapping[str, 
         >>> refuse_unused(config, TrainConfig(), config.without_effect())
         Traceback (most recent call last):
         ...
-        ValueError: --replays has no effect with objective 'pgd': leave it at its default 8, got 4
+        ValueError: --replays 4 has no effect with objective 'pgd': leave it out, or at its default 8
     """
     for name, because in without_effect.items():
         value, usual = getattr(config, name), getattr(default, name)
         if value != usual:  # the value may be a config file's, which a flag can only set back
-            back = "null" if usual is None else repr(usual)
-            raise ValueError(
-                f"--{name.replace('_', '-')} has no effect {because}: leave it at its default {back}, got {value!r}"
-            )
+            flag = f"--{'no-' if value is False else ''}{name.replace('_', '-')}"
+            given = flag if isinstance(value, bool) else f"{flag} {_as_typed(value)}"
+            raise ValueError(f"{given} has no effect {because}: leave it out, or at its default {_as_typed(usual)}")
+
+
+def _as_typed(value: object) -> str:
+    """A value as the command line takes it."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return "null" if value is None else str(value)
 
 
 def is_number(value: object) -> TypeGuard[float]:

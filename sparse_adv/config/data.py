@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sparse_adv.argument_types import check_count
-from sparse_adv.config.checks import is_number, make_plain, require_number
+from sparse_adv.config.checks import is_number, make_plain, require_part
 
 
 @dataclass(frozen=True)
@@ -16,10 +16,11 @@ class DataConfig:
     Args:
         data: "digits" (scikit-learn's), or path of a folder or archive of images.
         limit: number of training images to use, the first ones; null for all.
-        validation: part of the training images to hold out for validation: a fraction below 1, or a number of images;
-            null for the default of the data set.
+        validation: part of the training images to hold out for validation: a fraction below 1, or a number of images.
+            Leave it out, or write null, for the data set's own validation images or a tenth of the training images.
         share: fraction of the other training images to train on, in (0, 1], the same of each class, chosen by the seed.
-            A search with a smaller share than the training of its ticket holds out the same validation images.
+            The validation images do not depend on it: a search with a smaller share and the training of its ticket
+            hold out the same ones.
         batch_size: images per update, summed over all processes, at least 1.
         augment: random crop and horizontal flip; the default is yes with 32 x 32 colour images, else no.
 
@@ -39,13 +40,13 @@ class DataConfig:
         if self.limit is not None:
             check_count("limit", self.limit, least=1)
         if self.validation is not None:
-            require_number("validation", self.validation)
+            require_part(self.validation)
         if not is_number(self.share) or not 0 < self.share <= 1:
             raise ValueError(f"share must be in (0, 1], got {self.share!r}")
         check_count("batch_size", self.batch_size, least=1)
 
     def located(self) -> DataConfig:
-        """Return a copy whose path holds in every working directory, as records need it.
+        """Return a copy with a path that is valid in every working directory, as records need it.
 
         Examples:
             >>> DataConfig().located().data, Path(DataConfig("images").located().data).is_absolute()

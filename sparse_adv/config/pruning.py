@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from sparse_adv.argument_types import check_count
-from sparse_adv.config.checks import is_number, make_plain, require_number, require_one_of
+from sparse_adv.config.checks import is_number, make_plain, require_density, require_number, require_one_of
 
 Scope = Literal["global", "uniform", "erk", "igq"]
 Method = Literal["none", "static", "flying-bird", "flying-bird-plus", "rigl", "set", "gmp"]
@@ -24,11 +24,11 @@ _SINGLE_WEIGHTS = "with blocks of one weight"
 class PruneConfig:
     """Hyperparameters of the ticket search: how the trained dense network is pruned. The defaults are the paper's.
 
-    `density`, `block`, `scope`, `score` and `linear` are arguments of `masks.prune`, which validates them; its own
-    defaults are density 0.1, score "magnitude" and linear=False.
+    `density`, `block`, `scope`, `score` and `linear` are arguments of `masks.prune`, which validates the last four; its
+    own defaults are density 0.1, score "magnitude" and linear=False.
 
     Args:
-        density: fraction of the weights that the ticket keeps, in [0, 1].
+        density: fraction of the weights that the ticket keeps, in (0, 1].
         block: shape of the blocks of weights that are kept or pruned together, BO,BI or BO,BI,BR,BS (output channels,
             input channels, filter rows, filter columns).
         scope: how the kept weights are distributed over layers: global (one ranking), uniform (the same density in
@@ -80,6 +80,7 @@ class PruneConfig:
 
     def __post_init__(self) -> None:
         make_plain(self)
+        require_density(self.density)
         check_count("rounds", self.rounds, least=1)
         check_count("rewind_step", self.rewind_step, least=0)
         if self.keep_weights and self.rewind_step:
@@ -114,14 +115,14 @@ class MethodConfig:
     A field that the method does not use is ignored. The command line refuses a flag that has no effect;
     `without_effect` names them.
 
-    `density`, `block`, `scope` and `linear` are arguments of `masks.prune`, which validates them.
+    `density`, `block`, `scope` and `linear` are arguments of `masks.prune`, which validates the last three.
 
     Args:
         method: how masks arise: none (no masks but those of a ticket), static (random, and never changed), flying-bird,
             rigl and set (random; blocks are dropped and grown), flying-bird-plus (as flying-bird, but the density
             follows the training), or gmp (all weights at first, then fewer and fewer).
-        density: fraction of the weights that are kept; gmp reaches it at its last change, flying-bird-plus starts with
-            it.
+        density: fraction of the weights that are kept, in (0, 1]; gmp reaches it at its last change, flying-bird-plus
+            starts with it.
         block: shape of the blocks of weights that are kept or pruned together, BO,BI or BO,BI,BR,BS (output channels,
             input channels, filter rows, filter columns).
         scope: how the kept weights are distributed over layers: global (one ranking), uniform (the same density in
@@ -177,9 +178,10 @@ class MethodConfig:
         require_one_of("method", self.method, METHODS)
         check_count("interval", self.interval, least=1)
         require_number("dense_epochs", self.dense_epochs)
-        for name in ("density", "drop_fraction", "change_until", "adapt_from"):
+        require_density(self.density)
+        for name in ("drop_fraction", "change_until", "adapt_from"):
             value = getattr(self, name)
-            if not (value is None and name != "density") and not (is_number(value) and 0 <= value <= 1):
+            if value is not None and not (is_number(value) and 0 <= value <= 1):
                 raise ValueError(f"{name} must be in [0, 1], got {value!r}")
         if self.adapt_from is not None and self.method not in ("none", "flying-bird-plus"):
             raise ValueError(f"adapt_from is a setting of method 'flying-bird-plus', got method {self.method!r}")

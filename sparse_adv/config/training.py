@@ -28,13 +28,13 @@ NORMS: tuple[str, ...] = get_args(Norm)
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 
 _ALPHA_OVER_EPS = {"fgsm-rs": 1.25, "pgd": 0.25, "trades": 0.25, "mart": 0.25}
-"""Default step size as a multiple of eps, from the paper of each objective; 1 for those that are not here."""
+"""Default step size as a multiple of eps, from the paper of each objective; 1 for objectives without an entry."""
 _BETA = {"fgsm-rs-cs": 1.0, "fgsm-uap": 10.0, "nu-at": 4.0, "trades": 6.0, "mart": 5.0}
 """Default weight of the second term of a loss, from the paper of each objective or the FastAT Benchmark."""
 MULTI_STEP = ("pgd", "trades", "mart")
 """Objectives whose attack has several steps."""
 SINGLE_STEP = tuple(each for each in OBJECTIVES if each not in ("natural", *MULTI_STEP))
-"""Objectives whose attack has one step, which catastrophic overfitting may befall."""
+"""Objectives whose attack has one step: catastrophic overfitting may occur with them."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class TrainConfig:
         objective: training loss; `training.objectives` has the formula and the paper of each.
         epochs: passes over the training images, at least 1.
         lr: learning rate of SGD before schedule and warm-up, at least 0.
-        momentum: momentum of SGD, at least 0. The schedule onecycle moves it from 0.05 more to 0.05 less and
+        momentum: momentum of SGD, in [0, 1). The schedule onecycle moves it from 0.05 more to 0.05 less and
             back; it needs a value in [0.05, 0.95).
         weight_decay: L2 penalty of SGD on all parameters, at least 0.
         schedule: learning rate schedule, applied at every update: piecewise (times 0.1 at each milestone), cosine
@@ -62,17 +62,17 @@ class TrainConfig:
         eps: radius of the perturbation ball in training and evaluation; images lie in [0, 1], so 8/255 is usual for
             linf.
         norm: norm of the perturbation ball, "linf" or "l2", also written "Linf" or "L2".
-        alpha: step size of the attack in image units; null for the default of the objective, which is 1.25 eps for
-            fgsm-rs, eps / 4 for pgd, trades and mart, and eps for the others.
+        alpha: step size of the attack in image units; default: fgsm-rs 1.25 eps, pgd, trades and mart eps / 4, the
+            other objectives eps.
         steps: attack steps of the objectives pgd, trades and mart, at least 1; with the other attacks, those of the PGD
             training that repeats an epoch which the overfitting monitor undid.
-        beta: weight of the second term of the loss, at least 0; null for the default of the objective, which is 1 for
-            fgsm-rs-cs, 10 for fgsm-uap, 4 for nu-at, 6 for trades and 5 for mart. The others have one term only.
+        beta: weight of the second term of the loss, at least 0; default: fgsm-rs-cs 1, fgsm-uap 10, nu-at 4,
+            trades 6, mart 5; the other objectives have no second term.
         label_smoothing: part of the label's probability, in [0, 1), that cross-entropy losses give to all classes
             evenly (fgsm-rs-cs smooths its labels twice, in two ways); single-step attacks raise the loss with these
             labels too.
-        awp_gamma: size of the adversarial perturbation of the weights that the gradient is formed at, relative to the
-            norm of each weight tensor, at least 0; 0 for none. 0.01 is usual for pgd, 0.005 for trades.
+        awp_gamma: adversarial weight perturbation: before each gradient the weights are moved by this fraction, at
+            least 0, of the norm of each tensor; 0 turns it off. 0.01 is usual for pgd, 0.005 for trades.
         awp_warmup_epochs: number of first epochs without that perturbation, fractions allowed; 9 is usual for trades.
         replays: updates that the objective free makes on each batch, at least 1; it is usual to divide the epochs by
             this number.
@@ -81,7 +81,8 @@ class TrainConfig:
             statistics, which is evaluated and saved instead of them; after t updates the decay is at most t / (t + 9),
             because an average that starts slowly would still consist of the first weights when a short run ends; 0
             for no average.
-        precision: float32, or the dtype of automatic mixed precision, bfloat16 or float16; float16 scales the loss.
+        precision: float32, or the dtype of automatic mixed precision, bfloat16 or float16; float16 scales the loss, and
+            is very slow on a CPU.
         evaluate_every: epochs from one evaluation on the validation images to the next, at least 1; the last epoch is
             always evaluated.
         evaluation_steps: steps of the PGD attack in evaluations, at least 1; their size is eps / 4.
@@ -147,7 +148,7 @@ class TrainConfig:
         for name in ("epochs", "steps", "replays", "evaluate_every", "evaluation_steps"):
             check_count(name, getattr(self, name), least=1)
         check_count("seed", self.seed, least=0)
-        for name in ("lr", "momentum", "weight_decay", "warmup_epochs", "warmup_start_lr", "eps"):
+        for name in ("lr", "weight_decay", "warmup_epochs", "warmup_start_lr", "eps"):
             require_number(name, getattr(self, name))
         require_radius(self.eps, self.norm)
         if self.warmup_epochs > self.epochs:
@@ -157,7 +158,9 @@ class TrainConfig:
         for name in ("alpha", "beta"):
             if getattr(self, name) is not None:
                 require_number(name, getattr(self, name))
-        for name in ("ema_decay", "label_smoothing"):
+        if self.alpha is not None:
+            require_radius(self.alpha, self.norm, "alpha")
+        for name in ("momentum", "ema_decay", "label_smoothing"):
             value = getattr(self, name)
             if not is_number(value) or not 0 <= value < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {value!r}")
@@ -237,10 +240,10 @@ class TrainConfig:
         return factor * (self.warmup_start_lr + (self.lr - self.warmup_start_lr) * warmup)
 
     def momentum_of(self, step: int, steps_per_epoch: int) -> float:
-        """Return the momentum of an update: `momentum`, but for the schedule onecycle.
+        """Return the momentum of an update: `momentum`, except with the schedule onecycle.
 
-        There it moves against the learning rate, as that of PyTorch's OneCycleLR: from momentum + 0.05 to
-        momentum - 0.05 and back.
+        With onecycle it moves against the learning rate, as in PyTorch's OneCycleLR: from momentum + 0.05 to momentum -
+        0.05 and back.
 
         Args:
             step, steps_per_epoch: as in `learning_rate`.

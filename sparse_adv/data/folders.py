@@ -25,15 +25,15 @@ _SUFFIXES = {
     ".tiff": "TIFF",
     ".webp": "WEBP",
 }
-"""Suffixes of images, and Pillow's name of their format; other formats of Pillow run programs or hold no pixels."""
+"""Suffixes of images, and Pillow's names of their formats. Pillow's other formats run programs or hold no pixels."""
 _NO_IMAGES = ("thumbs.db", "desktop.ini")
 _NOTES = (".txt", ".md", ".csv", ".json", ".xml")
 _MAX_PIXELS = 1 << 24
-"""Largest number of pixels of an image: larger ones are damaged, or made to fill the memory."""
+"""Largest number of pixels of an image: larger images are damaged, or made to fill the memory."""
 _SPLITS = {"test": "test", "val": "validation", "valid": "validation", "validation": "validation"}
-"""Folders beside train, and what their images are for."""
+"""Folders next to train, and what their images are for."""
 _NAME = "folder"
-"""Name of the data set: that of the folder may be a known one, whose normalisation the network would get."""
+"""Name of the data set. With the folder's own name, the network might get the normalisation of a known data set."""
 _TEST_EVERY = 10
 """Without a test folder, every tenth image of each class is a test image."""
 
@@ -42,19 +42,18 @@ def read_folders(path: Path) -> RawDataset | None:
     """Read `train/CLASS/*.png`, `test/CLASS/*.png` and, if present, `val`, `valid` or `validation`; or `CLASS/*.png`.
 
     Images are PNG, JPEG, BMP, GIF (of one frame), PPM, TIFF or WebP. Hidden files and notes (*.txt, *.md, *.csv,
-    *.json, *.xml) are left out; any other file or folder in the folder of a class, images beside the folders of
-    classes, another folder of images beside train, and a class without images, are refused.
-    Classes are numbered in alphabetical order. Images are ordered by their position within the class, then by class, so
-    that the first images contain all classes. Without a test folder every tenth image of each class, in alphabetical
-    order, is a test image in every run. Alpha channels are ignored. If all images are grey, they get one channel, else
-    three.
+    *.json, *.xml) are left out. Refused are any other file or folder in the folder of a class, images next to the
+    folders of classes, another folder of images next to train, and a class without images. Classes are numbered in
+    alphabetical order. Images are ordered by their position within the class, then by class, so that the first images
+    contain all classes. Without a test folder every tenth image of each class, in alphabetical order, is a test image
+    in every run. Alpha channels are ignored. If all images are grey, they get one channel, else three.
 
     Returns:
         The data set; None if there are no such folders.
 
     Raises:
-        ValueError: if an image is damaged or its size differs from the first one's, a file is no image or in no class,
-            there is only one class, two folders hold validation images, or the splits have different classes.
+        ValueError: if an image is damaged or its size differs from the first one's, a file is not an image or not in a
+            class, there is only one class, two folders hold validation images, or the splits have different classes.
         ModuleNotFoundError: if Pillow is not installed.
     """
     if not path.is_dir():
@@ -98,7 +97,7 @@ def _of_equal_channels(splits: dict[str, Split]) -> dict[str, Split]:
 
 
 def _other_splits(root: Path) -> list[Path]:
-    """The folders of splits beside train; raise ValueError if another one holds images."""
+    """The folders of splits next to train; raise ValueError if another folder holds images."""
     folders = [
         path for path in sorted(root.iterdir()) if path.is_dir() and path.name[0] != "." and path.name != "train"
     ]
@@ -148,7 +147,7 @@ class _Reader:
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError('Pillow is needed to read images: pip install "sparse_adv[data]"') from error
         self._pillow: Any = Image
-        self._upright: Any = ImageOps.exif_transpose  # cameras note on which side a picture stands
+        self._upright: Any = ImageOps.exif_transpose  # cameras note which side of a picture is up
         self._first: tuple[Path, tuple[int, int]] | None = None
 
     def read_split(self, files_by_class: list[list[Path]]) -> Split:
@@ -178,12 +177,12 @@ class _Reader:
                 mode = image.mode
                 has_more_bits = mode[0] in "IF" or _drops_bits(image)
                 image = self._upright(image)
-                if mode in ("P", "PA"):  # of whose colours Pillow would warn that they have an alpha channel
+                if mode in ("P", "PA"):  # Pillow would warn that their colours have an alpha channel
                     image = image.convert("RGBA")
                 pixels = np.asarray(image.convert("L" if mode in ("L", "1", "LA") else "RGB"))
                 if mode in ("P", "PA") and bool((pixels == pixels[..., :1]).all()):
                     pixels = pixels[..., 0]
-        except Exception as error:  # Pillow raises many types for a damaged file, or for one that would fill the memory
+        except Exception as error:  # Pillow raises many types for damaged files or those that would fill the memory
             raise ValueError(f"{file} is not a readable image: {error}") from error
         if has_more_bits:
             raise ValueError(f"{file} must have 8 bits per channel, it has more: convert it, or scale its values")
@@ -199,7 +198,7 @@ class _Reader:
 
 
 def _drops_bits(image: Any) -> bool:
-    """Whether Pillow, which has no colours of more than 8 bits, would leave out the lower bits of an image."""
+    """Whether Pillow would drop the lower bits of an image: its colours have at most 8 bits."""
     for decoder, _, _, arguments in image.tile:
         words = arguments if isinstance(arguments, tuple) else (arguments,)
         if any(isinstance(word, str) and ";16" in word for word in words):  # as "RGB;16B" of PNG and TIFF

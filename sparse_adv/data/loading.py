@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from numbers import Real
 from pathlib import Path
 
 import torch
 
 from sparse_adv.argument_types import checks_types
+from sparse_adv.config.checks import require_part
 from sparse_adv.data.cifar import read_cifar
 from sparse_adv.data.dataset import Dataset, RawDataset, Split, hold_out, stratified
 from sparse_adv.data.digits import read_digits
@@ -42,7 +41,7 @@ def load(
         validation: what to hold out of the training images: a fraction below 1, or a number of images; None for the
             data set's own validation images, or for a tenth if it has none.
         limit: use only the first `limit` training images, before any are held out.
-        share: use only this fraction of the training images that are left then, see `stratified`.
+        share: use only this fraction of the training images that are left after that, see `stratified`.
         seed: seed of the choice of validation images, and of the training images of a share.
         device: device of the images and labels.
 
@@ -96,12 +95,7 @@ def _read(source: str | Path) -> RawDataset:
 def _validation_count(validation: float | None, images: int) -> int:
     if validation is None:
         return max(1, round(_VALIDATION_FRACTION * images))
-    if (
-        not isinstance(validation, Real)
-        or not 0 < validation < math.inf
-        or (validation > 1 and validation != int(validation))
-    ):
-        raise ValueError(f"validation must be a fraction in (0, 1) or a whole number of images, got {validation!r}")
+    require_part(validation)
     count = round(validation * images) if validation < 1 else int(validation)
     if not 0 < count < images:
         raise ValueError(f"validation must hold out at least one of {images} images and not all, got {validation:g}")

@@ -26,14 +26,14 @@ class Activation:
     options: Mapping[str, Any] = field(default_factory=dict)
     """Its parameters, such as a slope, by PyTorch's names."""
     of_output: bool = False
-    """Whether the gradient is formed from the function's result; else from its input."""
+    """Whether the gradient is computed from the function's result; else from its input."""
 
     def forward(self, x: Tensor, out: Tensor) -> Tensor:
         """The function of x, in `out`."""
         return self._forward(x, **self.options, out=out)
 
     def backward(self, grad: Tensor, kept: Tensor, out: Tensor) -> Tensor:
-        """The gradient of the input, in `out` where PyTorch can, from that of the result and from input or result."""
+        """The gradient of the input, from that of the result and the kept tensor; in `out` if PyTorch's kernel can."""
         return self._backward(grad, kept, **self.options, grad_input=out)
 
 
@@ -87,11 +87,11 @@ _OF_FUNCTIONS: dict[Callable[..., Any] | str, Activation] = {
 
 
 def activation_of(node: fx.Node, module: nn.Module | None) -> Activation | None:
-    """The function that a node computes of its first argument; None if it is none of these.
+    """The activation that a node applies to its first argument; None if it applies none of them.
 
     Args:
         node: of a graph without in-place operations.
-        module: the one that it calls, if any.
+        module: the module that the node calls, if any.
     """
     if module is not None:
         activation = None if runs_own_code(module) else _OF_MODULES.get(type(module))
@@ -101,7 +101,7 @@ def activation_of(node: fx.Node, module: nn.Module | None) -> Activation | None:
         return None
     if inspect.isfunction(node.target):
         given = inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments
-    else:  # a method, or a function of C++, whose signature is not known
+    else:  # a method or a C++ function: its signature is not known
         given = dict(node.kwargs)
         if len(node.args) > 1:
             return None

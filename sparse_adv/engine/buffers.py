@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -45,7 +46,7 @@ class Memory:
 
     Args:
         steps, input, output: of the program.
-        kernels, device: that compute them.
+        kernels, device: compute the results.
     """
 
     def __init__(
@@ -53,13 +54,14 @@ class Memory:
     ) -> None:
         self._kernels, self._device = kernels, device
         self.gates = gates(steps, kernels, device if kernels.reuses_memory else _META)
-        """Of outputs of a ReLU, for a whole batch; those that are not here are their own gates, and last as long."""
+        """Gates of ReLU outputs, for a whole batch. An output without an entry is its own gate and is kept until the
+        backward pass needs it."""
         self._values, self._gradients = _lifetimes(steps, input, output, self.gates)
         self._buffers = _share([*self._values, *self._gradients])
         self._last: PassMemory | None = None
 
     def for_images(self, images: int, differentiable: bool) -> PassMemory:
-        """The memory of a pass over a number of images, at most those of a batch."""
+        """The memory of a pass over a number of images, at most a whole batch."""
         if self._last is None or self._last.images != images:
             gates = {value: gate[: value.shape_for(images)[0]] for value, gate in self.gates.items()}
             self._last = PassMemory(
@@ -91,18 +93,22 @@ def _lifetimes(
     backward = {step: 2 * len(steps) - moment for step, moment in forward.items()}
     values: list[_Lifetime] = []
     gradients = {input: _Lifetime(input, len(steps), 2 * len(steps) + 1)}
+    readers: defaultdict[Value, list[Step]] = defaultdict(list)
+    for step in steps:
+        for value in step.inputs:
+            readers[value].append(step)
     made = [(value, step) for step in steps for value in step.outputs]
     for value, step in made:
-        reads = [forward[reader] for reader in value.readers]
+        reads = [forward[reader] for reader in readers[value]]
         if value.kept or (value.rectified and value not in gates):
             reads.append(backward[step])
         if value is output:
             reads.append(len(steps))
         values.append(_Lifetime(value, forward[step], max(reads, default=forward[step])))
-        first = min((backward[reader] for reader in value.readers), default=len(steps))
+        first = min((backward[reader] for reader in readers[value]), default=len(steps))
         gradients[value] = _Lifetime(value, first, backward[step])
     for step in steps:
-        # The gradient of a sum is passed on as that of its residual without a copy, so it lives as long as that one.
+        # The residual of a sum gets the sum's gradient itself, not a copy, so both must live equally long.
         passed_on = max((gradients[value].end for value in step.passes_on()), default=0)
         for value in step.outputs:
             gradients[value].end = max(gradients[value].end, passed_on)
@@ -115,9 +121,11 @@ def gated(steps: Sequence[Step], kernels: DeviceKernels) -> Collection[Value]:
 
 
 def gates(steps: Sequence[Step], kernels: DeviceKernels, device: torch.device) -> dict[Value, Tensor]:
-    """Return memory for the gates of outputs of a ReLU, but for those that are their own gates."""
+    """Return memory for the gates of ReLU outputs, except those that are their own gates."""
     rectified = {value: step for step in steps for value in step.outputs if value.rectified}
-    made = {value: kernels.new_gate(step, value.shape, device) for value, step in rectified.items()}
+    made = {
+        value: kernels.new_gate(value.shape, device) for value, step in rectified.items() if step.writes_gate(kernels)
+    }
     return {value: gate for value, gate in made.items() if gate is not None}
 
 

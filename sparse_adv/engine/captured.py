@@ -1,8 +1,8 @@
-"""Passes of a program as CUDA graphs: for searches, whose steps cannot be captured as a whole.
+"""Passes of a program as CUDA graphs, for searches: their steps cannot be captured as a whole.
 
-A search reads after each step which images have fallen, so that the host waits and no graph can hold the attack. But
-the passes over the model are the same each time. Two graphs replay the forward and the backward pass, and between them
-the loss, any function of the logits, runs as it is.
+After each step the host of a search reads which images have fallen, so no graph can hold the attack. But the passes
+over the model are the same each time. Two graphs replay the forward and the backward pass. The loss runs between them
+without a graph, and may be any function of the logits.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sparse_adv.errors import first_cause
-from sparse_adv.ops.cuda_graph import Capturer, holders, inside_a_call
+from sparse_adv.ops.cuda_graph import Capturer, holders, inside_a_call, without_cached_casts
 
 log = logging.getLogger(__name__)
 
@@ -26,8 +26,8 @@ Forward = Callable[[Tensor], tuple[Tensor, Backward | None]]
 """Returns the logits of images, and the backward pass if one may follow."""
 
 PASSES_BEFORE = 50
-"""Passes that are made before the next one is captured. Two captures, their warm-up and trial take the time of a few
-passes, and the host waits for the GPU: searches of 100 steps and more gain from them, PGD-20 and PGD-50 would not."""
+"""Number of passes before the next one is captured. Two captures with their warm-up and trial take as long as a few
+passes, and the host waits for the GPU. Searches of 100 steps and more gain from them; PGD-20 and PGD-50 would not."""
 _TOLERANCE = 1e-2
 """Greatest relative difference of a replay: cuDNN may sum a gradient in another order each time."""
 
@@ -63,7 +63,7 @@ class CapturedPasses:
         self._made, self._replays = 0, None
 
     def run(self, forward: Forward, images: Tensor) -> tuple[Tensor, Backward | None]:
-        """Return what a forward pass does. A later pass may write to the same memory.
+        """Run or replay the forward pass and return its result. A later pass may overwrite this result.
 
         Args:
             forward: the same each time.
@@ -86,15 +86,12 @@ class CapturedPasses:
 
     def _capture(self, forward: Forward, images: Tensor) -> None:
         """Capture the passes and compare a replay with what they give without; note the reason if that fails."""
-        # Autocast caches casts of weights: a graph must read none that was made before it, and leave none behind.
-        torch.clear_autocast_cache()
         try:
-            self._replays = self._captured(forward, images.clone())
+            with without_cached_casts():
+                self._replays = self._captured(forward, images.clone())
         except Exception as error:  # of any kind: the same pass has just run without one
             self.reason = first_cause(error)
             log.info("passes of an attack are not replayed as CUDA graphs: %s", self.reason)
-        finally:
-            torch.clear_autocast_cache()
 
     def _captured(self, forward: Forward, images: Tensor) -> _Replays:
         if self._capturer is None:

@@ -1,4 +1,4 @@
-"""What a value holds, in a form that compares equal as long as nothing of it changes."""
+"""What a value holds, in a form that compares equal as long as no part of it changes."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ _CONSTANTS = (
     *(types.MethodDescriptorType, types.WrapperDescriptorType),
 )
 _NUMBERS = (float, complex)
-"""Numbers of which two that compare equal may differ in their sign, and one may differ from itself."""
+"""Numbers for which `==` is not enough: 0.0 equals -0.0, and NaN does not equal itself."""
 _CONTAINERS = (tuple, list, set, frozenset, deque, torch.Size)
 _MAPPINGS = (dict, types.MappingProxyType)
 _OPAQUE = (types.ModuleType, logging.Logger)
-"""Objects that count as the same while they are the same object."""
+"""Objects that are compared by identity."""
 _WRAPPERS = (staticmethod, classmethod)
 _FUNCTIONS = (types.FunctionType, property, *_WRAPPERS)
-"""What a method is in the table of its class."""
+"""What the table of a class holds for a method."""
 _LIBRARIES = {*sys.stdlib_module_names, "numpy", "torch", "sparse_adv"}
-"""Packages whose classes and functions are taken not to change."""
+"""Packages whose classes and functions are assumed never to change."""
 
 _MOST_VALUES = 4096
 _MOST_BYTES = 1 << 20
-"""Of an array. Both are compared in about 0.5 ms."""
+"""Of an array. Comparing that many values or bytes takes about 0.5 ms."""
 
 
 class _Same:
-    """A weak reference that compares equal to those of the same object alone; tensors compare their elements."""
+    """A weak reference that equals only those to the same object; `weakref.ref` would compare a tensor's elements."""
 
     __slots__ = ("_address", "_object")
 
@@ -58,7 +58,7 @@ class _Same:
 
 @dataclass(frozen=True)
 class Unseen:
-    """In place of the content of a value that may change without being seen to."""
+    """Stands for the content of a value whose changes cannot be seen."""
 
     what: str
     """What it holds."""
@@ -69,17 +69,17 @@ class _Plain:
 
 
 def content(value: object) -> Hashable:
-    """What a value holds, also in containers, in attributes of objects and in what functions refer to.
+    """What a value holds, including its containers, the attributes of its objects and what its functions refer to.
 
-    Modules, tensors and functions are compared by identity, of tensors the shape, dtype and device too. The globals of
-    functions are not looked at.
+    Modules, tensors and functions are compared by identity, and tensors by shape, dtype and device too. The globals of
+    functions are ignored.
 
     Args:
         value: any object.
 
     Returns:
-        A value that compares equal while nothing of this changes; `Unseen` if there is a part that may change without
-        being seen to, such as an object with state that is not in its `__dict__`.
+        A value that compares equal while nothing of this changes; `Unseen` if changes of a part cannot be seen, as for
+        an object with state outside of its `__dict__`.
 
     Examples:
         >>> options = {"scale": [1.0, 2.0]}
@@ -94,7 +94,7 @@ def content(value: object) -> Hashable:
     """
     found: list[Hashable] = []
     waiting = [value]
-    seen: dict[int, tuple[int, object]] = {}  # with the objects, so that no other gets their identity meanwhile
+    seen: dict[int, tuple[int, object]] = {}  # keeps the objects, so that no other object gets the same id
     while waiting:
         value = waiting.pop()
         kind = type(value)
@@ -118,7 +118,7 @@ def content(value: object) -> Hashable:
 
 
 def _taken_apart(value: Any, kind: type) -> tuple[Hashable, list[Any]] | None:
-    """What is compared of a value itself, and the parts of it whose content counts; None if that is not all."""
+    """What is compared of a value itself, and the parts whose content is compared; None if there is more to it."""
     if kind in _CONTAINERS:
         return (kind, value.maxlen if kind is deque else None), list(value)
     if kind in _MAPPINGS:
@@ -142,7 +142,7 @@ def _taken_apart(value: Any, kind: type) -> tuple[Hashable, list[Any]] | None:
     if isinstance(value, (nn.Module, *_OPAQUE)):
         return weakref.ref(value), []
     if isinstance(value, Tensor):
-        # A weak reference to a parameter would be in the way of torch.utils.swap_tensors.
+        # torch.utils.swap_tensors refuses a parameter that has a weak reference.
         which = id(value) if isinstance(value, nn.Parameter) else _Same(value)
         return (which, value.shape, value.dtype, value.device), []
     if isinstance(value, enum.Enum):
@@ -160,17 +160,17 @@ def _taken_apart(value: Any, kind: type) -> tuple[Hashable, list[Any]] | None:
 
 
 def identity(function: types.FunctionType) -> Hashable:
-    """Which function it is, and its code, which autoreload replaces in place."""
+    """The function's identity and its code: autoreload replaces the code in place."""
     return weakref.ref(function), weakref.ref(function.__code__)
 
 
 def is_of_library(module: str) -> bool:
-    """Whether the classes and functions of a Python module, given by its name, are taken not to change."""
+    """Whether the classes and functions of the Python module of this name are assumed never to change."""
     return module.partition(".")[0] in _LIBRARIES
 
 
 def _cells(function: types.FunctionType) -> Iterator[Any]:
-    """What the variables of outer functions hold that a function reads."""
+    """The values of the variables that a function reads from outer functions."""
     for cell in function.__closure__ or ():
         try:
             yield cell.cell_contents
@@ -179,7 +179,7 @@ def _cells(function: types.FunctionType) -> Iterator[Any]:
 
 
 def _layout(kind: type) -> tuple[int, int, int, int]:
-    """Where the objects of a class keep their attributes: it differs if they hold anything beside them."""
+    """Where the objects of a class keep their attributes; differs if they hold anything besides attributes."""
     return kind.__basicsize__, kind.__itemsize__, kind.__dictoffset__, kind.__weakrefoffset__
 
 
@@ -188,7 +188,7 @@ def _parts_of_class(kind: type) -> list[Any]:
 
 
 def attributes_of_class(kind: type) -> Iterator[tuple[type, str, Any]]:
-    """The attributes of a class and its bases, each with the class that has it; none of Python's and PyTorch's own."""
+    """The attributes of a class and its bases, each with the class that has it; without those of Python and PyTorch."""
     for base in kind.__mro__:
         if not is_of_library(base.__module__):
             for name, value in vars(base).items():

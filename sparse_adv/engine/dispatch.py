@@ -1,4 +1,4 @@
-"""Decides how the gradients of a model's input are formed: by the engine, or by autograd where the engine cannot."""
+"""Decides what computes the gradients of a model's input: the engine, or autograd where the engine cannot."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from sparse_adv.engine.training import graph_for_training
 from sparse_adv.errors import first_line
 from sparse_adv.masks.layers import as_input
 from sparse_adv.nn import frozen_weights
-from sparse_adv.nn.masked_layer import MaskedLayer
+from sparse_adv.nn.masked_layer import masked_layers
 from sparse_adv.ops import cuda_graph
 
 log = logging.getLogger(__name__)
 
 _CHECKED_IMAGES = 2
 _TOLERANCE = 1e-4
-"""Greatest relative error of a gradient; in float64 rounding hardly ever changes the sign of a ReLU's input."""
+"""Greatest relative error of a gradient. In float64, rounding hardly ever changes the sign of a ReLU's input."""
 
 
 InputGradients = Program | Autograd
-"""The program, or autograd, that forms the gradients of a model's input."""
+"""Computes the gradients of a model's input."""
 
 
 @dataclass
@@ -51,8 +51,8 @@ class _Entry:
 
 
 _CAPACITY = 8
-"""An attack that leaves out the images it needs no more halves its batch: from 128 images to 1 that makes 8 programs,
-which take twice the memory of the first."""
+"""An attack drops finished images by halving its batch: from 128 images down to 1 it needs 8 programs, which together
+take twice the memory of the first."""
 _entries: TraceCache[_Entry] = TraceCache(_CAPACITY)
 """Programs of each model, for different shapes of input."""
 _verdicts: StateCache[str] = StateCache(_CAPACITY)
@@ -62,26 +62,26 @@ _warned_of: WeakSet[nn.Module] = WeakSet()
 
 
 @contextmanager
-@torch.inference_mode(False)  # but for the code in the context
+@torch.inference_mode(False)  # the code inside the context keeps its own mode
 def input_gradients(model: nn.Module, x: Tensor, use_engine: bool = True) -> Iterator[InputGradients]:
     """A context that gives logits and input gradients of a model, whose weights must not change meanwhile.
 
-    The first time that a model is seen in this state with an input of this shape, its program is made, and the
-    program's gradient is compared with autograd's on a few images. If they differ, or the model cannot be turned into
-    a program, autograd forms the gradients, now and later, and a log message says why.
+    When a model is first seen in this state with an input of this shape, its program is made, and the program's
+    gradient is compared with autograd's on a few images. If they differ, or the model cannot be turned into a program,
+    autograd computes the gradients, now and later, and a log message says why.
 
     Args:
         model: any module, in the modes (training or eval) in which it is to run.
         x: float tensor [N, ...], a batch of its input, on any device.
-        use_engine: False to let autograd form the gradients.
+        use_engine: False to let autograd compute the gradients.
 
     Returns:
         A context manager whose value has two methods: `logits(x)` returns the model's output, and
         `gradient(x, loss)` the gradient of the sum of loss(logits) with respect to x, with the shape of x.
 
     Raises:
-        Exception: from the two methods, whatever the model itself raises. A model that the engine cannot run raises
-            nothing.
+        Exception: the two methods raise whatever the model itself raises. It is no error if the engine cannot run the
+            model.
 
     Examples:
         >>> import torch
@@ -94,14 +94,14 @@ def input_gradients(model: nn.Module, x: Tensor, use_engine: bool = True) -> Ite
         (torch.Size([2, 10]), torch.Size([2, 1, 8, 8]))
     """
     entry = _entry_of(model, x) if use_engine else _Entry()
-    # A second thread that attacks the same model at the same time does without the buffers.
+    # A second thread that attacks the same model at the same time works without the buffers.
     if entry.program is not None and entry.lock.acquire(blocking=False):
         try:
             cuda_graph.keep(entry.program)  # a graph of what follows uses the program's memory
             entry.program.fold()
             yield entry.program
         finally:
-            entry.program.forget_graphs()  # their memory is no one else's, and the next user folds anew
+            entry.program.forget_graphs()  # no one else can use their memory, and the next user folds anew
             entry.lock.release()
     else:
         with frozen_weights(model):
@@ -116,18 +116,18 @@ def explain(model: nn.Module, example_input: Sequence[int] | Tensor) -> list[str
     For a model in training mode, also say what `fuse_for_training` fuses.
 
     Args:
-        model: any module, in the modes in which it is to run. Of DistributedDataParallel, AveragedModel and
-            DataParallel on one device it is the module inside, which attacks call.
+        model: any module, in the modes in which it is to run. For DistributedDataParallel, AveragedModel and
+            DataParallel on one device, the module inside is explained, because attacks call that one.
         example_input: a batch of its input, or the shape [N, C, H, W] of one.
 
     Returns:
-        One line for each step, or a line with the reason why autograd forms the gradients. Of a convolution it ends
-        with the kernel: sparse, dense (oneDNN or cuDNN on the masked weight), Winograd or sparse Winograd; where the
-        backward pass has another one, with both: "dense, backward sparse".
+        One line for each step, or one line with the reason why autograd computes the gradients. The line of a
+        convolution ends with its kernel: sparse, dense (oneDNN or cuDNN on the masked weight), Winograd or sparse
+        Winograd. If the backward pass has another kernel, both are named: "dense, backward sparse".
 
     Raises:
-        ValueError: if `example_input` is neither a tensor nor 4 positive integers. Nothing for a model that the engine
-            cannot run: the reason is returned.
+        ValueError: if `example_input` is neither a tensor nor 4 positive integers. If the engine cannot run the model,
+            nothing is raised: the reason is returned.
 
     Examples:
         >>> import torch
@@ -144,9 +144,9 @@ def explain(model: nn.Module, example_input: Sequence[int] | Tensor) -> list[str
     entry = _entry_of(model, x)
     if entry.program is None:
         return [f"autograd: {entry.reason}", *_explain_training(model, x)]
-    if entry.lock.acquire(blocking=False):  # else it is in use, and folded
+    if entry.lock.acquire(blocking=False):  # else another thread uses it, so it is folded
         try:
-            entry.program.fold()  # which chooses the kernels for the present masks
+            entry.program.fold()  # chooses the kernels for the present masks
         finally:
             entry.lock.release()
     return [_line_of(step) for step in entry.program.steps]
@@ -176,10 +176,9 @@ def _entry_of(model: nn.Module, x: Tensor) -> _Entry:
 
 
 def _tell(model: nn.Module, reason: str) -> None:
-    """Log why a model is left to autograd; as a warning, once, if it has masks, which were to make it fast."""
-    masked = any(isinstance(module, MaskedLayer) for module in model.modules())
-    in_training = any(module.training for module in model.modules())  # which the caller has asked for
-    is_warning = masked and not in_training and model not in _warned_of
+    """Log why a model is left to autograd. If it has masks, which should make it fast, warn, but only once."""
+    in_training = any(module.training for module in model.modules())  # as the caller asked
+    is_warning = bool(masked_layers(model)) and not in_training and model not in _warned_of
     if is_warning:
         _warned_of.add(model)
     level = logging.WARNING if is_warning else logging.INFO
@@ -192,10 +191,10 @@ def _make(model: nn.Module, x: Tensor) -> _Entry:
     if any(module.training for module in model.modules()):
         return _Entry(reason="a part of it is in training mode")
     x = outside_inference(x)
-    # A model may draw random numbers: the draws of this trial must not change later ones.
+    # A model may draw random numbers: this trial must not change the numbers that later code draws.
     with KeptGenerators(x.device):
         try:
-            program = Program(model, x)  # first, so that it is the model's own modules of which the trace reads
+            program = Program(model, x)  # first, so that the trace reads the model's own modules
             compared = x[:_CHECKED_IMAGES]
             if reason := _verdicts.find(
                 model, lambda: state_of(model, compared, compared.shape), lambda: _verdict(model, compared)
@@ -207,7 +206,7 @@ def _make(model: nn.Module, x: Tensor) -> _Entry:
             return _Entry(reason=str(error))
         except (Undecided, torch.OutOfMemoryError):
             raise
-        except Exception as error:  # a layer used as none of the steps expects: the model itself may run
+        except Exception as error:  # a layer is used in a way that no step expects; the model itself may run
             return _Entry(reason=f"a step of it fails: {first_line(error)}")
 
 
@@ -223,9 +222,9 @@ def _check(model: nn.Module, x: Tensor) -> None:
     """Raise NotTraceable if the steps of a model do not give autograd's gradient of a function of the logits."""
     with comparing(x.device):
         copied, x = double_copy(model), without_ties(x)
-        program = Program(copied, x, len(x) + 1)  # padded, so that images which depend on each other show
+        program = Program(copied, x, len(x) + 1)  # padded: this shows whether images depend on each other
         program.fold()
-        for images in {len(x), 1}:  # operations may compute one image in another way
+        for images in {len(x), 1}:  # operations may compute a single image in another way
             actual, expected = (form.gradient(x[:images], quadratic_loss) for form in (program, Autograd(copied)))
             check_finite([expected])
             difference = float((actual - expected).norm() / expected.norm().clamp_min(1e-300))
@@ -236,7 +235,7 @@ def _check(model: nn.Module, x: Tensor) -> None:
 def _try(program: Program, model: nn.Module, x: Tensor) -> None:
     """Raise NotTraceable if a kernel refuses its operands, or the logits are of another dtype than the model's.
 
-    In float64, in which the gradients are compared, neither shows.
+    The comparison of the gradients, in float64, shows neither.
     """
     try:
         program.fold()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+import operator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import Any
 
@@ -25,7 +26,7 @@ from sparse_adv.engine.steps import (
     PointwiseStep,
     Step,
 )
-from sparse_adv.engine.traced_code import NotTraceable, module_of
+from sparse_adv.engine.traced_code import NotTraceable, called_by, module_of
 from sparse_adv.engine.tracing import Trace, holds_tensors, is_relu, is_sum
 from sparse_adv.engine.values import Value
 from sparse_adv.masks.layers import computes_as
@@ -44,17 +45,17 @@ class Fusion:
     def __init__(self, trace: Trace) -> None:
         self._trace = trace
         self._values: dict[fx.Node, Value] = {}
-        """The value of each node whose result depends on the input and is a step's output, not an intermediate one."""
+        """The value of each node whose result depends on the input and is the output of a step."""
         self._makers: dict[Value, FusedStep] = {}
         self._runs: list[Step | list[fx.Node]] = []
         """Steps, and lists of consecutive operations that are left to autograd."""
         dtype, device = trace.results[trace.input].dtype, trace.device
         self._dtypes = {dtype}
-        """Those in which steps compute: a part of another precision is left to autograd."""
+        """The dtypes in which steps compute: a part of another precision is left to autograd."""
         if torch.is_autocast_enabled(device):
             self._dtypes.add(torch.get_autocast_dtype(device))
         self._of_parameters = _of_parameters(trace.graph)
-        for node in _parameters_late(trace.graph, self._of_parameters):
+        for node in self._items_early(_parameters_late(trace.graph, self._of_parameters)):
             self._visit(node)
         self.input = self._values[trace.input]
         if trace.output not in self._values:
@@ -63,15 +64,30 @@ class Fusion:
         self.steps = [run if isinstance(run, Step) else self._autograd_step(run) for run in self._runs]
         for step in self.steps:
             for value in step.inputs:
-                value.readers.append(step)
+                value.reads += 1
             for value in step.kept():
                 value.kept = True
         self.any_batch = trace.of_one is not None and all(map(self._has_images_first, self._values.values()))
-        """Whether the steps compute any number of images, and not whole batches only."""
+        """Whether the steps can compute any number of images, not only whole batches."""
+
+    def _items_early(self, nodes: Iterable[fx.Node]) -> Iterator[fx.Node]:
+        """Yield the nodes so that the items of a tuple, such as `split` returns, come right after what made it.
+
+        They then belong to the same step: steps exchange tensors only.
+        """
+        yielded: set[fx.Node] = set()
+        for node in nodes:
+            if node not in yielded:
+                made = [node]
+                for source in made:  # the list grows, because an item may be a tuple too
+                    if isinstance(self._trace.results[source], tuple | list):
+                        made += [user for user in source.users if _takes_item(user, source)]
+                yielded.update(made)
+                yield from made
 
     @staticmethod
     def _has_images_first(value: Value) -> bool:
-        """Whether fewer images are the first part of a value's memory, so that they are of its gate's too."""
+        """Whether images are a value's first dimension: fewer images then take the first part of its gate's memory."""
         return not value.rectified or value.shape_for(1)[1:] == value.shape[1:]
 
     def _visit(self, node: fx.Node) -> None:
@@ -96,12 +112,12 @@ class Fusion:
             return self._leave(node, result)
         if (
             isinstance(module, nn.Conv2d)
-            and _is_plain(module, nn.Conv2d, MaskedConv2d)
+            and _is_standard(module, nn.Conv2d, MaskedConv2d)
             and _pads_with_zeros(module)
             and result.dim() == 4
         ):
             self._begin(node, ConvolutionStep(node.name, module, source, self._new(node)))
-        elif isinstance(module, nn.Linear) and _is_plain(module, nn.Linear, MaskedLinear) and result.dim() == 2:
+        elif isinstance(module, nn.Linear) and _is_standard(module, nn.Linear, MaskedLinear) and result.dim() == 2:
             self._begin(node, LinearStep(node.name, module, source, self._new(node)))
         elif isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d | nn.SyncBatchNorm) and _is_affine(module, result):
             self._fuse_norm(node, module, source)
@@ -132,7 +148,7 @@ class Fusion:
         self._makers[step.output] = step
 
     def _open_maker(self, node: fx.Node, value: Value) -> FusedStep | None:
-        """The step that made a value, if `node` is all that reads the value."""
+        """The step that made a value, if only `node` reads the value."""
         users = {user for source, v in self._values.items() if v is value for user in source.users}
         parts = {user for user in users if self._values.get(user) is value}
         sizes = {user for user in users if not holds_tensors(self._trace.results[user])}  # known from the trace
@@ -178,9 +194,10 @@ class Fusion:
         return len(values) == 2 and all((v.shape, v.dtype) == (result.shape, result.dtype) for v in values)
 
     def _is_left(self, source: Value, result: Tensor) -> bool:
-        """Whether a function of a value is left to autograd, as where the operation before it makes the value and is.
+        """Whether to leave a function to autograd: autograd already computes its operand just before, or the dtype
+        changes.
 
-        Two steps of autograd with one of the engine between them take longer in small batches.
+        In small batches, two autograd steps with an engine step between them take longer than a single autograd step.
         """
         last = self._runs[-1] if self._runs else None
         follows = isinstance(last, list) and any(self._values.get(node) is source for node in last)
@@ -211,7 +228,7 @@ class Fusion:
                 reads[source] = self._values[source]
             elif holds_tensors(self._trace.results[source]):
                 raise NotTraceable(
-                    f"{source.name} gives a {type(self._trace.results[source]).__name__} to another step"
+                    f"{called_by(source)} gives a {type(self._trace.results[source]).__name__} to another step"
                 )
             else:
                 constants[source] = self._trace.for_images(source)
@@ -226,9 +243,9 @@ class Fusion:
 
 
 def _parameters_late(graph: fx.Graph, of_parameters: set[fx.Node]) -> Iterator[fx.Node]:
-    """The nodes of a graph, those of parameters alone right before the first node that needs them and images.
+    """Yield the nodes so that those computed from parameters alone stand right before the first that also needs images.
 
-    Both are then parts of one step, in which autograd forms no gradient of a parameter.
+    They then belong to the same step, and autograd computes no gradient of a parameter in it.
     """
     waiting: list[fx.Node] = []
     for node in graph.nodes:
@@ -244,6 +261,10 @@ def _parameters_late(graph: fx.Graph, of_parameters: set[fx.Node]) -> Iterator[f
         yield node
 
 
+def _takes_item(node: fx.Node, source: fx.Node) -> bool:
+    return node.target is operator.getitem and node.args[0] is source and node.all_input_nodes == [source]
+
+
 def _of_parameters(graph: fx.Graph) -> set[fx.Node]:
     """The nodes that read parameters and buffers, or compute from them alone."""
     found: set[fx.Node] = set()
@@ -253,7 +274,7 @@ def _of_parameters(graph: fx.Graph) -> set[fx.Node]:
     return found
 
 
-def _is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+def _is_standard(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     """Whether the module computes what one of these classes does, with a weight of its own."""
     return computes_as(module, *kinds) and "weight" in module._parameters
 
@@ -263,7 +284,7 @@ def _pads_with_zeros(conv: nn.Conv2d) -> bool:
 
 
 def _pooling_of(node: fx.Node) -> nn.MaxPool2d | None:
-    """The module that computes what a call of `F.max_pool2d` does; torch.fx gives all arguments their names."""
+    """A module that computes the same as a call of `F.max_pool2d`; torch.fx has given all arguments their names."""
     if node.target is not F.max_pool2d or len(node.all_input_nodes) > 1:  # a size that is computed
         return None
     return nn.MaxPool2d(*node.args[1:], **node.kwargs)  # type: ignore[arg-type]
@@ -281,6 +302,6 @@ def _pool_size(pool: nn.MaxPool2d) -> tuple[int, int] | None:
 
 
 def _is_affine(norm: _BatchNorm, result: Tensor) -> bool:
-    """Whether a BatchNorm in eval mode is a factor and a summand per channel."""
+    """Whether a BatchNorm in eval mode is a factor and a summand for each channel."""
     plain = computes_as(norm, nn.BatchNorm2d, nn.SyncBatchNorm)
     return plain and not norm.training and norm.running_var is not None and result.dim() in (2, 4)

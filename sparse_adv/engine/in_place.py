@@ -1,4 +1,4 @@
-"""Rewrites a graph of operations without those that return their input, and without those that overwrite a tensor."""
+"""Removes operations that return their input unchanged from a graph, and replaces those that overwrite a tensor."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import fx, nn
 from sparse_adv.engine.activations import activation_of
 from sparse_adv.engine.content import is_of_library
 from sparse_adv.engine.model_state import has_hooks, runs_code_of_user
-from sparse_adv.engine.traced_code import METADATA, Constant, NotTraceable, OnACopy, arguments_of, module_of
+from sparse_adv.engine.traced_code import METADATA, Constant, NotTraceable, OnACopy, arguments_of, called_by, module_of
 from sparse_adv.masks.layers import computes_as
 
 _IN_PLACE: dict[Callable[..., Any] | str, Callable[..., Any]] = {
@@ -31,7 +31,7 @@ _IN_PLACE: dict[Callable[..., Any] | str, Callable[..., Any]] = {
     "div_": operator.truediv,
     "relu_": torch.relu,
 }
-"""For each operation that overwrites its first argument, the one that computes the same into a new tensor."""
+"""For each operation that overwrites its first argument, the one that returns the same result as a new tensor."""
 
 _FUNCTIONAL = {
     function
@@ -51,7 +51,7 @@ _NEW_RESULT = (
     nn.modules.pooling._AdaptiveAvgPoolNd,
     nn.ReLU,
 )
-"""Modules whose result shares no memory with another tensor; those of activation functions are others."""
+"""Modules whose result shares no memory with another tensor. `activation_of` finds the activation modules."""
 
 _NEW_RESULT_FUNCTIONS = {
     *(torch.add, torch.mul, torch.cat, torch.mean, torch.sum, "add", "mul", "mean", "sum", "clone", F.relu, "relu"),
@@ -72,12 +72,12 @@ def is_dropout(node: fx.Node, module: nn.Module | None) -> bool:
 
     Args:
         node: of a graph.
-        module: the one that it calls, if any.
+        module: the module that the node calls, if any.
     """
-    return node.target in _DROPOUT_FUNCTIONS if module is None else _is_plain(module, *_DROPOUTS)
+    return node.target in _DROPOUT_FUNCTIONS if module is None else _is_only(module, *_DROPOUTS)
 
 
-def _is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+def _is_only(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     """Whether a module does what one of these classes does, and nothing else."""
     return computes_as(module, *kinds) and not has_hooks(module)
 
@@ -93,29 +93,30 @@ def drop_identities(model: nn.Module, graph: fx.Graph) -> None:
 def _returns_its_input(model: nn.Module, node: fx.Node) -> bool:
     module = module_of(model, node)
     if module is not None:
-        is_off = not module.training and _is_plain(module, *_DROPOUTS, *_FEATURE_DROPOUTS)
-        return is_off or _is_plain(module, nn.Identity)
+        is_off = not module.training and _is_only(module, *_DROPOUTS, *_FEATURE_DROPOUTS)
+        return is_off or _is_only(module, nn.Identity)
     is_function = node.target in (*_DROPOUT_FUNCTIONS, *_FEATURE_DROPOUT_FUNCTIONS)
     return is_function and arguments_of(node)["training"] is False
 
 
 def make_functional(model: nn.Module, graph: fx.Graph) -> None:
-    """Replace in-place operations by ones with a new result, which later readers of the overwritten tensor then read.
+    """Replace in-place operations by ones with a new result. Later readers of the overwritten tensor then read this
+    result.
 
     Raises:
-        NotTraceable: if a tensor is overwritten that may be read later under another name or by code outside of the
-            graph, or by an unknown operation.
+        NotTraceable: if an unknown operation overwrites a tensor, or if code outside of the graph or a later operation
+            that knows the tensor under another name may read it.
     """
     order = {node: i for i, node in enumerate(graph.nodes)}
     memory: dict[fx.Node, set[fx.Node]] = {}
-    """For each operation so far, those in whose memory its result may lie."""
+    """For each operation so far, the operations whose memory its result may share."""
     for node in list(graph.nodes):
         memory[node] = {node}
         if not _overwrites(model, node):
             if not _returns_new_memory(model, node):
                 memory[node] = memory[node].union(*[memory[source] for source in node.all_input_nodes])
             continue
-        source = node.args[0] if node.args else None
+        what, source = called_by(node), node.args[0] if node.args else None
         origins = memory[source] if isinstance(source, fx.Node) else set()
         readers = {user for origin in origins for user in origin.users if order[user] < order[node]}
         if (
@@ -123,11 +124,11 @@ def make_functional(model: nn.Module, graph: fx.Graph) -> None:
             or any(_is_known_outside(model, origin) for origin in origins)
             or any(_has_hooks(model, reader) for reader in readers)
         ):
-            raise NotTraceable(f"{node.name} overwrites a tensor that code outside of the graph may read")
+            raise NotTraceable(f"{what} overwrites (inplace=True) a tensor that code outside of the graph may read")
         for other, shared in memory.items():
             is_read = any(order[user] > order[node] for user in other.users)
             if other is not source and is_read and not shared.isdisjoint(memory[source]):
-                raise NotTraceable(f"{node.name} overwrites what {other.name} returned, which is read later")
+                raise NotTraceable(f"{what} overwrites what {called_by(other)} returned, which is read later")
         _compute_anew(model, node, source)
         for user in list(source.users):
             if order[user] > order[node]:
@@ -152,7 +153,7 @@ def _compute_anew(model: nn.Module, node: fx.Node, source: fx.Node) -> None:
         node.kwargs = {name: arguments[name] for name in others} | {"inplace": False}
         node.args = (source,)
     else:
-        raise NotTraceable(f"{node.name} overwrites a tensor")
+        raise NotTraceable(f"{called_by(node)} overwrites a tensor")
 
 
 def _overwrites(model: nn.Module, node: fx.Node) -> bool:
@@ -170,7 +171,7 @@ def _overwrites(model: nn.Module, node: fx.Node) -> bool:
 
 
 def _returns_new_memory(model: nn.Module, node: fx.Node) -> bool:
-    """Whether the result of a node is no view of an operand."""
+    """Whether the result of a node shares no memory with an operand."""
     module = module_of(model, node)
     if activation_of(node, module) is not None:
         return True
@@ -189,6 +190,6 @@ def _is_known_outside(model: nn.Module, node: fx.Node) -> bool:
 
 
 def _has_hooks(model: nn.Module, node: fx.Node) -> bool:
-    """Whether a node calls a module whose hooks, or those of its parts, see what it reads and returns."""
+    """Whether a node calls a module that has hooks, or parts with hooks, which see what it reads and returns."""
     module = module_of(model, node)
     return isinstance(node.target, OnACopy) or (module is not None and any(map(has_hooks, module.modules())))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,17 +16,14 @@ from sparse_adv.nn import MaskedConv2d
 from sparse_adv.ops.conv_geometry import geometry_of
 from sparse_adv.ops.cuda_graph import Capturer
 
-if TYPE_CHECKING:
-    from sparse_adv.engine.steps import Step
-
 Place = Callable[[], Tensor]
-"""Returns the memory that is planned for a result; a kernel may use it or allocate its own."""
+"""Returns the memory planned for a result; a kernel may use it or allocate its own."""
 
 
 class Convolution:
-    """A convolution with the BatchNorm behind it folded in; in eval mode, so both are constant between updates.
+    """A convolution with the BatchNorm behind it folded in. In eval mode, both stay constant between updates.
 
-    `fold` comes before the first pass.
+    Call `fold` before the first pass.
 
     Args:
         layer: the convolution.
@@ -41,7 +38,7 @@ class Convolution:
         self.bias: Tensor | None
 
     def fold(self, norm: FoldedNorm | None) -> None:
-        """Read the weights again, and take the BatchNorm behind them, if there is one."""
+        """Read the weights again, and fold in the BatchNorm behind them, if there is one."""
         self.bias = self.folded_bias(norm)
         self.weight = self.folded_weight(norm)
 
@@ -72,6 +69,10 @@ class Convolution:
         """The shape of the input for a number of images."""
         return torch.Size((images, *self.shape[1:]))
 
+    def _unread_input(self, images: int, device: torch.device) -> Tensor:
+        """Memory with the shape and memory format of an input, whose values the gradient of the input does not need."""
+        return self.kernels.empty(self.input_shape(images), device)
+
     def forward(self, x: Tensor, epilogue: Epilogue, place: Place) -> Tensor:
         """conv(x) + bias, with an epilogue."""
         y = self.kernels.plain(F.conv2d(x, self.weight, self.bias, *self.geometry, self.layer.groups))
@@ -81,7 +82,7 @@ class Convolution:
         """The gradient of the input, with an epilogue."""
         result = torch.ops.aten.convolution_backward(
             grad,
-            self.kernels.empty(self.input_shape(len(grad)), grad.device),  # only its shape and memory format are read
+            self._unread_input(len(grad), grad.device),
             self.weight,
             None,
             *self.geometry,
@@ -98,6 +99,7 @@ class DeviceKernels(ABC):
 
     Attributes:
         any_batch: whether the kernels compute any number of images, and not whole batches only.
+        writes_all_gates: whether all kernels write gates, and not only the pointwise one and some of convolutions.
         reuses_memory: whether each pass writes its results where the one before did. A graph must not: another thread
             may make a pass while it is replayed.
         capturer: captures passes that are made often as graphs; None if calling the kernels takes no time.
@@ -108,6 +110,7 @@ class DeviceKernels(ABC):
     """
 
     any_batch = False
+    writes_all_gates = False
     reuses_memory = True
     capturer: ClassVar[type[Capturer] | None] = None
 
@@ -115,8 +118,8 @@ class DeviceKernels(ABC):
         self.dtype, self.memory_format = dtype, memory_format
 
     def plain(self, x: Tensor) -> Tensor:
-        """The tensor in the engine's memory format and dtype, itself if it is."""
-        # `to(memory_format=...)` would return a slice of the channels of a channels_last tensor as it is.
+        """The tensor in the engine's memory format and dtype; without a copy if it has both already."""
+        # `to(memory_format=...)` would return a slice of channels of a channels_last tensor unchanged.
         memory_format = self.memory_format if x.dim() == 4 else torch.contiguous_format
         return x.to(self.dtype).contiguous(memory_format=memory_format)
 
@@ -125,31 +128,35 @@ class DeviceKernels(ABC):
         return torch.empty(shape, dtype=self.dtype, device=device, memory_format=memory_format)
 
     def memory(self, like: Tensor, place: Place) -> Tensor:
-        """Memory for a result of the shape of another tensor: the one that is planned for it, or new one."""
+        """Memory for a result with the shape of another tensor: the planned memory, or new one."""
         return torch.empty_like(like)
 
     @abstractmethod
-    def new_gate(self, step: Step, shape: torch.Size, device: torch.device) -> Tensor | None:
-        """Memory for the gate of a value that a step makes; None if the value is its own gate."""
+    def new_gate(self, shape: torch.Size, device: torch.device) -> Tensor | None:
+        """Memory for the gate of a value of this shape; None if the value is its own gate."""
+
+    def writes_gate_of(self, layer: nn.Conv2d, shape: torch.Size) -> bool:
+        """Whether the forward kernel of a convolution, with an input of this shape, writes a gate."""
+        return True
 
     @abstractmethod
     def convolution(self, layer: nn.Conv2d, shape: torch.Size) -> Convolution:
-        """The convolution of a layer whose input has this shape, by the kernel that is the fastest there."""
+        """The convolution of a layer with the kernel that is the fastest for inputs of this shape."""
 
     def max_pool(self, x: Tensor, size: tuple[int, int], index: Tensor | None, place: Place) -> tuple[Tensor, Tensor]:
-        """The maximum of windows that do not overlap, and its position in each window; it may be written to `index`."""
+        """The maximum of windows that do not overlap, and its position in each, which may be written to `index`."""
         return F.max_pool2d_with_indices(x, size)
 
     def max_pool_grad(
         self, grad: Tensor, index: Tensor, size: tuple[int, int], shape: torch.Size, epilogue: Epilogue, place: Place
     ) -> Tensor:
-        """The gradient of the input, which has this shape, with an epilogue."""
+        """The gradient of an input of this shape, with an epilogue."""
         unread = self.empty(shape, grad.device)  # only its shape and memory format are read
         backward = torch.ops.aten.max_pool2d_with_indices_backward
         return self.finish(self.plain(backward(grad, unread, size, size, (0, 0), (1, 1), False, index)), epilogue)
 
     def finish(self, result: Tensor, epilogue: Epilogue) -> Tensor:
-        """Apply an epilogue to the result of a kernel that cannot, in place."""
+        """Apply an epilogue in place to the result of a kernel that cannot apply it."""
         return result if epilogue.is_empty else self.pointwise(result, epilogue, lambda: result)
 
     @abstractmethod

@@ -1,14 +1,14 @@
 """The arithmetic of the steps on a CPU: this library's convolutions and pointwise op, oneDNN for the rest.
 
-The native ops are called without the checks of their functions in `sparse_adv.ops`, which took 25 to 40 us a call: the
-operands are the engine's own buffers, on one device and without gradients.
+The native ops are called directly, without the checks that their functions in `sparse_adv.ops` make, because these took
+25 to 40 us a call. The operands need no check: they are the engine's own buffers, on one device and without gradients.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -17,25 +17,23 @@ from torch.nn.modules.utils import _pair
 from sparse_adv import ops
 from sparse_adv.engine.folding import FoldedNorm
 from sparse_adv.engine.kernels import Convolution, DeviceKernels, Place
-from sparse_adv.engine.winograd import sparse_is_faster, takes_live_filters, winograd_tile
+from sparse_adv.engine.winograd import is_faster_in_nchw, sparse_is_faster, takes_live_filters, winograd_tile
 from sparse_adv.kernels.epilogue import Epilogue
 from sparse_adv.nn import MaskedConv2d
 from sparse_adv.ops.masked_conv2d_pattern import pack_checked
 from sparse_adv.ops.masked_winograd_conv2d import LiveWeight, live_filters, transform_filters
-
-if TYPE_CHECKING:
-    from sparse_adv.engine.steps import Step
 
 
 class CpuKernels(DeviceKernels):
     """Kernels that write into planned memory, with one bit per element of a ReLU's output as its gate."""
 
     any_batch = True
+    writes_all_gates = True
 
     def memory(self, like: Tensor, place: Place) -> Tensor:
         return place()
 
-    def new_gate(self, step: Step, shape: torch.Size, device: torch.device) -> Tensor:
+    def new_gate(self, shape: torch.Size, device: torch.device) -> Tensor:
         return ops.empty_gate(_as_images(self.empty(shape, device)))
 
     def convolution(self, layer: nn.Conv2d, shape: torch.Size) -> Convolution:
@@ -46,7 +44,9 @@ class CpuKernels(DeviceKernels):
         if isinstance(layer, MaskedConv2d) and (tile is None or sparse_is_faster(layer, shape)):
             return MaskedConvolution(layer, shape, self)
         if tile is not None:
-            return WinogradConvolution(layer, shape, self, tile)
+            return DenseWinogradConvolution(layer, shape, self, tile)
+        if channels_last and is_faster_in_nchw(layer, shape):
+            return NchwConvolution(layer, shape, self)
         return Convolution(layer, shape, self)
 
     def max_pool(self, x: Tensor, size: tuple[int, int], index: Tensor | None, place: Place) -> tuple[Tensor, Tensor]:
@@ -78,8 +78,24 @@ class CpuKernels(DeviceKernels):
         return out
 
 
+class NchwConvolution(Convolution):
+    """A dense convolution that copies its images to NCHW, where others are channels_last."""
+
+    def folded_weight(self, norm: FoldedNorm | None) -> Tensor:
+        return super().folded_weight(norm).contiguous()
+
+    def _unread_input(self, images: int, device: torch.device) -> Tensor:
+        return torch.empty(self.input_shape(images), dtype=self.kernels.dtype, device=device)
+
+    def forward(self, x: Tensor, epilogue: Epilogue, place: Place) -> Tensor:
+        return super().forward(x.contiguous(), epilogue, place)
+
+    def grad_input(self, grad: Tensor, epilogue: Epilogue, place: Place) -> Tensor:
+        return super().grad_input(grad.contiguous(), epilogue, place)
+
+
 class MaskedConvolution(Convolution):
-    """A masked convolution, by the kernel that its plan says."""
+    """A masked convolution, with the kernel that its plan names."""
 
     layer: MaskedConv2d
 
@@ -100,9 +116,9 @@ class MaskedConvolution(Convolution):
         self._weight_for(self.shape[0])  # now, as the layer's weight may change before the first pass
 
     def _weight_for(self, images: int) -> Tensor:
-        """The weight that the kernels of a number of images read: fewer may take the dense one.
+        """The weight that the kernels read for a number of images; for fewer than a batch they may be dense.
 
-        To fold and mask the whole weight takes longer than to pack, so this is done for the dense kernel alone.
+        Folding and masking the whole weight takes longer than packing it, so this is done for the dense kernel alone.
         """
         if images not in self._weights:
             plan = self._plan(images)
@@ -126,8 +142,42 @@ class MaskedConvolution(Convolution):
         return out
 
 
-class WinogradConvolution(Convolution):
-    """A dense 3 x 3 convolution that multiplies 2.25 or 4 times less than oneDNN, see `ops.winograd_conv2d_out`."""
+class WinogradConvolution(Convolution, ABC):
+    """A 3 x 3 convolution by Winograd's filtering, with 2.25 or 4 times fewer multiplications than the direct one."""
+
+    _op: Callable[..., None]
+
+    @abstractmethod
+    def _transformed(self, transposed: bool) -> tuple[Tensor, ...]:
+        """Return the operands that `_op` takes as the weight: of the forward pass, or transposed for the gradient."""
+
+    def fold(self, norm: FoldedNorm | None) -> None:
+        super().fold(norm)
+        self._weights: list[tuple[Tensor, ...] | None] = [None, None]  # made when they are needed
+
+    def _weight_for(self, transposed: bool) -> tuple[Tensor, ...]:
+        weight = self._weights[transposed]
+        if weight is None:
+            weight = self._weights[transposed] = self._transformed(transposed)
+        return weight
+
+    def forward(self, x: Tensor, epilogue: Epilogue, place: Place) -> Tensor:
+        out, padding = place(), self.geometry[1]
+        operands = x, *self._weight_for(False), padding, self.bias, epilogue.residual, epilogue.relu, None
+        self._op(*operands, out, epilogue.gate_out)
+        return out
+
+    def grad_input(self, grad: Tensor, epilogue: Epilogue, place: Place) -> Tensor:
+        out, (rows, cols) = place(), self.geometry[1]
+        operands = grad, *self._weight_for(True), (2 - rows, 2 - cols), None, epilogue.residual, False, epilogue.gate
+        self._op(*operands, out, None)
+        return out
+
+
+class DenseWinogradConvolution(WinogradConvolution):
+    """A dense convolution, see `ops.winograd_conv2d_out`."""
+
+    _op = torch.ops.sparse_adv.winograd_conv2d_out
 
     def __init__(self, layer: nn.Conv2d, shape: torch.Size, kernels: DeviceKernels, tile: int) -> None:
         self.tile = tile
@@ -136,29 +186,14 @@ class WinogradConvolution(Convolution):
     def kernel(self, way: str) -> str:
         return "Winograd"
 
-    def fold(self, norm: FoldedNorm | None) -> None:
-        super().fold(norm)
-        self._weight = ops.winograd_conv2d_weight(self.weight, self.tile)
-        self._transposed: Tensor | None = None  # made by the first backward pass, and not where only logits are needed
-
-    def forward(self, x: Tensor, epilogue: Epilogue, place: Place) -> Tensor:
-        out, padding = place(), self.geometry[1]
-        operands = x, self._weight, padding, self.bias, epilogue.residual, epilogue.relu, None
-        torch.ops.sparse_adv.winograd_conv2d_out(*operands, out, epilogue.gate_out)
-        return out
-
-    def grad_input(self, grad: Tensor, epilogue: Epilogue, place: Place) -> Tensor:
-        if self._transposed is None:
-            self._transposed = ops.winograd_conv2d_weight(self.weight, self.tile, transposed=True)
-        out, (rows, cols) = place(), self.geometry[1]
-        operands = grad, self._transposed, (2 - rows, 2 - cols), None, epilogue.residual, False, epilogue.gate
-        torch.ops.sparse_adv.winograd_conv2d_out(*operands, out, None)
-        return out
+    def _transformed(self, transposed: bool) -> tuple[Tensor]:
+        return (ops.winograd_conv2d_weight(self.weight, self.tile, transposed=transposed),)
 
 
-class MaskedWinogradConvolution(Convolution):
-    """A masked 3 x 3 convolution whose filters are pruned as wholes, see `ops.masked_winograd_conv2d_out`."""
+class MaskedWinogradConvolution(WinogradConvolution):
+    """A masked convolution whose filters are pruned as wholes, see `ops.masked_winograd_conv2d_out`."""
 
+    _op = torch.ops.sparse_adv.masked_winograd_conv2d_out
     layer: MaskedConv2d
 
     def __init__(self, layer: MaskedConv2d, shape: torch.Size, kernels: DeviceKernels) -> None:
@@ -171,35 +206,15 @@ class MaskedWinogradConvolution(Convolution):
     def masked(self, weight: Tensor) -> Tensor:
         return weight  # no pruned entry is read
 
-    def fold(self, norm: FoldedNorm | None) -> None:
-        super().fold(norm)
-        self._weights: list[LiveWeight | None] = [None, None]  # made when they are needed
-
-    def _weight_for(self, transposed: bool) -> LiveWeight:
-        weight = self._weights[transposed]
-        if weight is None:
-            weight = transform_filters(self.weight, self.layer.weight_mask, self._filters[transposed], transposed)
-            self._weights[transposed] = weight
-        return weight
-
-    def forward(self, x: Tensor, epilogue: Epilogue, place: Place) -> Tensor:
-        out, padding = place(), self.geometry[1]
-        operands = x, *self._weight_for(False), padding, self.bias, epilogue.residual, epilogue.relu, None
-        torch.ops.sparse_adv.masked_winograd_conv2d_out(*operands, out, epilogue.gate_out)
-        return out
-
-    def grad_input(self, grad: Tensor, epilogue: Epilogue, place: Place) -> Tensor:
-        out, (rows, cols) = place(), self.geometry[1]
-        operands = grad, *self._weight_for(True), (2 - rows, 2 - cols), None, epilogue.residual, False, epilogue.gate
-        torch.ops.sparse_adv.masked_winograd_conv2d_out(*operands, out, None)
-        return out
+    def _transformed(self, transposed: bool) -> LiveWeight:
+        return transform_filters(self.weight, self.layer.weight_mask, self._filters[transposed], transposed)
 
 
 def best_memory_format(convolutions: Iterable[tuple[nn.Conv2d, torch.Size]]) -> torch.memory_format:
-    """NCHW if most of the MACs are those of layers for which sparse kernels are the fastest; else channels_last.
+    """NCHW if the layers for which sparse kernels are the fastest have most of the MACs; else channels_last.
 
     Args:
-        convolutions: with the shapes of their inputs.
+        convolutions: each with the shape of its input.
     """
     sparse = dense = 0
     for layer, shape in convolutions:

@@ -1,7 +1,7 @@
 """The arithmetic of the steps on CUDA: the block kernels of this library, cuDNN with fused bias, residual and ReLU.
 
-The block kernels and `pointwise` leave a bit for each element of a ReLU's output. cuDNN does not: there the output is
-its own gate, and is kept until the backward pass.
+The block kernels and `pointwise` write a gate of one bit for each element of a ReLU's output. cuDNN does not: there the
+output is its own gate, and is kept until the backward pass.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from sparse_adv import ops
 from sparse_adv.engine.folding import FoldedNorm
 from sparse_adv.engine.kernels import Convolution, DeviceKernels, Place
-from sparse_adv.engine.steps import ConvolutionStep, PointwiseStep, Step
 from sparse_adv.errors import first_line
 from sparse_adv.kernels import masked_conv2d as block_kernels
 from sparse_adv.kernels import max_pool2d
@@ -34,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 class CudaKernels(DeviceKernels):
-    """Kernels for images in channels_last. Memory comes from PyTorch's allocator, whose blocks are used again."""
+    """Kernels for images in channels_last. Memory comes from PyTorch's allocator, which reuses its blocks."""
 
     reuses_memory = False
     capturer = Capturer
@@ -49,19 +48,15 @@ class CudaKernels(DeviceKernels):
             self._zeros[shape] = self.empty(shape, device).zero_()
         return self._zeros[shape]
 
-    def new_gate(self, step: Step, shape: torch.Size, device: torch.device) -> Tensor | None:
+    def new_gate(self, shape: torch.Size, device: torch.device) -> Tensor | None:
         one_pixel = math.prod(shape[2:]) == 1  # channels_last cannot be told from NCHW
-        if len(shape) != 4 or shape[1] % 8 or one_pixel or not self._writes_bits(step):
+        if len(shape) != 4 or shape[1] % 8 or one_pixel:
             return None
         return ops.empty_gate(self.empty(shape, device))
 
-    def _writes_bits(self, step: Step) -> bool:
-        if not isinstance(step, ConvolutionStep):
-            return isinstance(step, PointwiseStep)
-        layer, pattern = step.layer, _block_pattern(step.layer)
-        if pattern is None:
-            return False
-        return runs_blocks(pattern, "forward", step.input.shape, self.dtype, *geometry_of(layer))
+    def writes_gate_of(self, layer: nn.Conv2d, shape: torch.Size) -> bool:
+        pattern = _block_pattern(layer)
+        return pattern is not None and runs_blocks(pattern, "forward", shape, self.dtype, *geometry_of(layer))
 
     def convolution(self, layer: nn.Conv2d, shape: torch.Size) -> Convolution:
         pattern = _block_pattern(layer)
@@ -94,7 +89,7 @@ def _block_pattern(layer: nn.Conv2d) -> BlockPattern | None:
 
 
 class CudnnConvolution(Convolution):
-    """A convolution by cuDNN, which fuses bias, residual and ReLU in the forward pass, and nothing in the backward."""
+    """A convolution by cuDNN, which fuses bias, residual and ReLU forward, and nothing backward."""
 
     kernels: CudaKernels
     _fuses = True
@@ -108,10 +103,10 @@ class CudnnConvolution(Convolution):
         return self.kernels.finish(y, epilogue._replace(bias=self.bias))
 
     def _fused(self, x: Tensor, residual: Tensor | None) -> Tensor | None:
-        """relu(conv(x) + bias + residual) in one call of cuDNN; None, from the first time on, if it has none for it.
+        """relu(conv(x) + bias + residual) in one call of cuDNN; always None once cuDNN has refused such a call.
 
-        `cudnn_convolution_relu` adds 0 times its output's memory, which nobody has written: where that holds a NaN, the
-        sum is one, and the ReLU makes it 0. So zeros are added.
+        Without a residual, zeros are given as one. `cudnn_convolution_relu` adds 0 times its output's unwritten memory:
+        if that holds a NaN, the sum is NaN, and the ReLU makes it 0.
         """
         if residual is None:
             pixels = output_size(x.shape[2:], self.weight.shape[2:], *self.geometry)
@@ -122,7 +117,7 @@ class CudnnConvolution(Convolution):
             )
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:  # as for some grouped layers, and some odd numbers of channels
+        except RuntimeError as error:  # for example for some grouped layers and some odd numbers of channels
             if self.kernels.capturer.is_capturing():
                 raise
             log.info("cuDNN computes %s and its ReLU in two calls: %s", self.layer, first_line(error))
@@ -131,12 +126,12 @@ class CudnnConvolution(Convolution):
 
 
 def _must_be_deterministic() -> bool:
-    """Whether the result must be the same each time: PyTorch lets the fused call take any of cuDNN's algorithms."""
+    """Whether results must be reproducible. Those of the fused call are not: it may use any of cuDNN's algorithms."""
     return torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
 
 
 class BlockConvolution(CudnnConvolution):
-    """A convolution over live blocks, for each pass in which they are faster than cuDNN on the masked weight.
+    """A convolution that computes the live blocks in each pass where that is faster than cuDNN on the masked weight.
 
     Args:
         pattern: of the layer.
@@ -159,8 +154,8 @@ class BlockConvolution(CudnnConvolution):
             weight = self.layer.weight.detach()
             self._values = pack(weight, pattern.blocks, block, pattern.groups, self.kernels.dtype, scale)
         if self._sparse["grad_input"]:
-            # Selected once per attack: all its steps read these lists. The next attack selects its own, because memory
-            # that a CUDA graph allocates may be read only in that graph's replays.
+            # Selected once per attack: all its steps read these lists. The next attack selects its own lists, because
+            # only replays of the same CUDA graph may read memory that the graph allocated.
             lists = pattern.blocks, pattern.grad_rows, pattern.grad_order
             self._grad_lists = select_phases(*lists, *self.geometry)
 

@@ -19,7 +19,7 @@ from sparse_adv.engine.traced_code import NotTraceable
 from sparse_adv.nn.masked_layer import MaskedLayer
 
 Contents = tuple[tuple[tuple[str, Hashable], ...], ...]
-"""Names and contents of attributes: those of each module, and at the end those of the modules' classes."""
+"""Names and contents of the attributes of each module, and at the end of the modules' classes."""
 
 _OF_EVERY_MODULE = frozenset([*vars(nn.Module()), *MaskedLayer.DERIVED, ATTRIBUTE])
 """Attributes that PyTorch or the engine gives to modules, and those that masked layers derive from their tensors."""
@@ -28,7 +28,7 @@ _COMPARED = _OF_EVERY_MODULE.union(vars(nn.Module)) - {"forward", "__dict__"}
 _ALL = "__dict__"
 """The attribute that holds all others."""
 _LAYER = "its sizes and options"
-"""In place of the names of attributes that PyTorch's own layers read, which are not traced into."""
+"""Stands for the attributes that PyTorch's own layers read: tracing does not look inside these layers."""
 _IN_WORDS = {_ALL: "an attribute", _LAYER: "an option"}
 """How a message names what stands for several attributes."""
 
@@ -39,9 +39,9 @@ _read: WeakKeyDictionary[nn.Module, dict[str, None]] = WeakKeyDictionary()
 
 
 def contents_of(model: nn.Module) -> Contents:
-    """What the attributes of a model hold that traces of it have read; others cannot make a trace wrong.
+    """The contents of the attributes that traces of a model have read; others cannot make a trace wrong.
 
-    Methods and plain values of the modules' classes count in any case: `super()` and `type(self)` read them unseen.
+    Methods and plain values of the modules' classes always count, because `super()` and `type(self)` read them unseen.
     """
     modules = list(model.modules())
     found: dict[tuple[type, str], tuple[bool, Hashable]] = {}
@@ -50,7 +50,7 @@ def contents_of(model: nn.Module) -> Contents:
 
 
 def all_contents_of(model: nn.Module) -> Contents:
-    """What all attributes of a model hold, for code that is repeated without a trace; without what cannot be seen."""
+    """The contents of all attributes whose changes can be seen, for code that is repeated without a trace."""
     modules = list(model.modules())
     own = [[item for item in vars(m).items() if item[0] not in _OF_EVERY_MODULE] for m in modules]
     held = [tuple([(name, content(value)) for name, value in attributes]) for attributes in own]
@@ -58,7 +58,7 @@ def all_contents_of(model: nn.Module) -> Contents:
 
 
 def changed_attribute(model: nn.Module, before: Contents, now: Contents) -> str | None:
-    """The first attribute whose content differs, in words for a message; None if none does."""
+    """The first attribute whose content differs, in words for a message; None if all are equal."""
     places = [place for place, _ in model.named_modules()]
     for place, old, new in zip([*places, ""], before, now, strict=False):
         held = dict(old)
@@ -75,9 +75,9 @@ def _in_words(place: str) -> str:
 
 
 class Reads:
-    """What the trace of a copy of a model by this thread reads from modules, and what else it would not show.
+    """What code reads from modules while this thread traces a copy of a model, and what else the trace would not show.
 
-    The names of what the code reads count for the model from then on, also if it cannot be traced.
+    From then on, the names of attributes read by the code count for the model, even if it cannot be traced.
 
     Args:
         model: the model itself.
@@ -86,10 +86,10 @@ class Reads:
 
     def __init__(self, model: nn.Module, copied: nn.Module) -> None:
         self.refusal = ""
-        """Why the model cannot be traced; the code may have caught the error that says so."""
+        """Why the model cannot be traced. The code may have caught the error that said so."""
         self._copied, self._originals = copied, dict(zip(copied.modules(), model.modules(), strict=True))
         self._found: dict[tuple[nn.Module, str], Hashable] = {}
-        """For each module of the copy and name the content when it was read first."""
+        """For each module of the copy and each name, the content at the first read."""
         self._before = _tables(copied)
         self._thread = threading.get_ident()
 
@@ -98,7 +98,7 @@ class Reads:
         """A context in which what this thread's code reads is recorded; the thread holds `tracer.lock`.
 
         Raises:
-            NotTraceable: from the code, where it calls an autograd function of its own.
+            NotTraceable: inside the code, if it calls an autograd function of its own.
         """
         kind_of_functions = type(torch.autograd.Function)
 
@@ -108,7 +108,7 @@ class Reads:
             return object.__getattribute__(module, name)
 
         def look_up(function: type, name: str) -> Any:
-            # PyTorch's `apply`, of which code may hold a bound method, asks for this first.
+            # PyTorch's `apply` reads this first, even if the code holds `apply` as a bound method.
             if name == "_backward_cls" and threading.get_ident() == self._thread:
                 self.refuse(f"{function.__qualname__}, an autograd function of its own, computes a gradient")
             return type.__getattribute__(function, name)
@@ -121,17 +121,17 @@ class Reads:
         """Note that an attribute of a module is read."""
         if (module, name) not in self._found:
             _read.setdefault(self._originals[module], {})[name] = None
-            with torch._C.DisableTorchFunction():  # else it would count as code of the model that looks at tensors
+            with torch._C.DisableTorchFunction():  # else this would count as code of the model that reads tensors
                 self._found[module, name] = _held(module, name, {})
 
     def add_layer(self, module: nn.Module) -> None:
-        """Note that a module is called which is not traced into."""
+        """Note that a module is called that tracing does not look inside."""
         self.add(module, _LAYER)
 
     def forget(self, kind: type[nn.Module]) -> None:
-        """Take back what was noted of modules of a class and of their parts.
+        """Forget what was noted of modules of a class and of their parts.
 
-        What earlier traces have read of them may be taken back, too: it then costs another trace.
+        This may also forget what earlier traces read of them, which then costs another trace.
         """
         parts = {part for module in self._copied.modules() if type(module) is kind for part in module.modules()}
         for module, name in self._found:
@@ -139,12 +139,12 @@ class Reads:
                 _read[self._originals[module]].pop(name, None)
 
     def refuse(self, reason: str) -> NoReturn:
-        """Raises NotTraceable."""
+        """Raise NotTraceable."""
         self.refusal = reason
         raise NotTraceable(reason)
 
     def check(self) -> None:
-        """After the trace.
+        """Check the model after the trace.
 
         Raises:
             NotTraceable: if the code has changed attributes of modules, or has read any that may change unseen.
@@ -163,13 +163,13 @@ class Reads:
                 )
 
     def _find(self, module: nn.Module, name: str, reader: str) -> None:
-        """Note that an attribute is read by code of a Python module, unless it is compared in any case."""
+        """Note that code of a Python module reads an attribute, unless that is compared in any case."""
         if name.startswith("__") and (name != _ALL or is_of_library(reader)):
             return
         if module in self._originals:
             own, before = object.__getattribute__(module, _ALL), self._before[module][0]
             in_table = any(name in own.get(table, ()) for table in ("_parameters", "_buffers", "_modules"))
-            is_assigned = own.get(name) is not before.get(name)  # by this code, which makes it a result
+            is_assigned = own.get(name) is not before.get(name)  # by this code, so it is a result
             if not in_table and not is_assigned:
                 self.add(module, name)
         elif not is_of_library(reader):
@@ -191,7 +191,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _replaced(kind: Any, name: str, value: object) -> Iterator[None]:
-    """A context in which a class has an attribute of its own in place of the one that it inherits."""
+    """A context in which a class has its own attribute in place of an inherited one."""
     setattr(kind, name, value)
     try:
         yield
@@ -203,7 +203,7 @@ _Tables = dict[nn.Module, list[dict[str, Any]]]
 
 
 def _tables(model: nn.Module) -> _Tables:
-    """Of each module its attributes, and what those of them hold that are dicts, such as the table of hooks."""
+    """For each module, copies of its attributes and of those attributes that are dicts, such as the tables of hooks."""
     return {
         module: [dict(table) for table in (vars(module), *vars(module).values()) if isinstance(table, dict)]
         for module in model.modules()
@@ -219,10 +219,10 @@ def _are_same(first: _Tables, second: _Tables) -> bool:
 
 
 def _held(module: nn.Module, name: str, of_classes: dict[tuple[type, str], tuple[bool, Hashable]]) -> Hashable:
-    """What an attribute of a module holds, found without running code of the module's class, such as a property's.
+    """What an attribute of a module holds. Runs no code of the module's class, such as a property.
 
     Args:
-        of_classes: what was found in the classes of modules just now; what is found is added.
+        of_classes: what earlier calls found in the classes of modules; new findings are added.
     """
     kind, own = type(module), object.__getattribute__(module, _ALL)
     if name == _LAYER:
@@ -237,7 +237,7 @@ def _held(module: nn.Module, name: str, of_classes: dict[tuple[type, str], tuple
 
 
 def _as_key(constants: tuple[object, ...]) -> Hashable:
-    """Of numbers, texts and tuples of them the tuple itself, as that takes the least time."""
+    """The tuple itself if it can be hashed, which is fastest, else its content."""
     try:
         hash(constants)
     except TypeError:
@@ -246,7 +246,7 @@ def _as_key(constants: tuple[object, ...]) -> Hashable:
 
 
 def _held_by_class(kind: type, name: str) -> tuple[bool, Hashable]:
-    """What an attribute of a class holds, and whether it comes before one of the object: that of a property does."""
+    """Whether a class's attribute takes precedence over the object's, as a property does, and its content."""
     for base in kind.__mro__:
         if name in vars(base):
             value = vars(base)[name]

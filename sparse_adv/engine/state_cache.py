@@ -18,8 +18,8 @@ ATTRIBUTE = "_made_by_engine"
 class _Made:
     """What caches hold of one model.
 
-    It is an attribute of the model: so both are freed together, although values refer to modules, and the hooks of
-    these may refer to the model. Copies and pickles of the model have an empty dictionary in its place.
+    It is an attribute of the model, so both are freed together, although values refer to modules, whose hooks may refer
+    to the model. Copies and pickles of the model have an empty dictionary in its place.
     """
 
     __slots__ = ("model", "values")
@@ -33,10 +33,10 @@ class _Made:
 
 
 class StateCache(Generic[T]):
-    """Values by model and state; what belongs to a model is freed with it.
+    """Values by model and state; the values of a model are freed with it.
 
     Args:
-        capacity: values that are kept of each model; beyond it the one that was used least recently is forgotten.
+        capacity: number of values kept for each model; beyond it, the least recently used value is forgotten.
 
     Examples:
         >>> cache, model = StateCache(capacity=4), nn.ReLU()
@@ -47,15 +47,15 @@ class StateCache(Generic[T]):
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self._making = threading.RLock()
-        """Held while a value is made, by one thread again where the code of a model runs another model."""
+        """Held while a value is made. The same thread may take it again: the code of a model may run another model."""
         self._access = threading.Lock()
         """Held while the dictionaries are read and changed, and never while anything else runs."""
 
     def find(self, model: nn.Module, state: Callable[[], Hashable], make: Callable[[], T]) -> T:
-        """Return the value for the present state of the model, made now if there is none.
+        """Return the value for the present state of the model; make it if there is none.
 
-        Other threads that call it wait, those that call `get` do not. The state is read again when the value is made:
-        what a value depends on may be known only then.
+        Meanwhile `find` waits in other threads, but `get` does not. The state is read again after the value is made,
+        because only then it may be known what the value depends on.
         """
         with self._making:
             now = state()
@@ -82,6 +82,6 @@ class StateCache(Generic[T]):
 
     def _values_of(self, model: nn.Module) -> dict[Hashable, T]:
         made = vars(model).get(ATTRIBUTE)
-        if not isinstance(made, _Made) or made.model() is not model:  # a shallow copy shares that of its original
+        if not isinstance(made, _Made) or made.model() is not model:  # a shallow copy of a model shares its original's
             made = vars(model)[ATTRIBUTE] = _Made(model)
         return made.values.setdefault(self, {})

@@ -18,7 +18,7 @@ from sparse_adv.engine.activations import Activation
 from sparse_adv.engine.folding import FoldedNorm
 from sparse_adv.engine.kernels import Convolution, DeviceKernels, Place
 from sparse_adv.engine.model_state import has_hooks, runs_code_of_user
-from sparse_adv.engine.traced_code import OnACopy
+from sparse_adv.engine.traced_code import OnACopy, called_by
 from sparse_adv.engine.values import PassTensors, Value
 from sparse_adv.kernels.epilogue import Epilogue
 from sparse_adv.nn import MaskedConv2d, MaskedLinear
@@ -26,7 +26,7 @@ from sparse_adv.ops import Pattern
 
 
 class Step(ABC):
-    """A part of a model, with the values that it reads and makes.
+    """A part of a model, with the values that it reads and those that it makes.
 
     Attributes:
         norm: the BatchNorm in it, if there is one.
@@ -37,7 +37,11 @@ class Step(ABC):
         self.norm: _BatchNorm | None = None
 
     def fold(self, kernels: DeviceKernels, norm: FoldedNorm | None) -> None:  # noqa: B027 - not all have weights
-        """Read the weights, which may have changed since the last time, and take the BatchNorm."""
+        """Read the weights, which may have changed since the last time, and fold in the BatchNorm."""
+
+    def writes_gate(self, kernels: DeviceKernels) -> bool:
+        """Whether the kernel that ends with a ReLU here also writes the gate of its output."""
+        return kernels.writes_all_gates
 
     @abstractmethod
     def forward(self, tensors: PassTensors) -> None:
@@ -130,7 +134,7 @@ class ConvolutionStep(FusedStep):
 
     @property
     def pattern(self) -> Pattern | None:
-        """The present pattern of a masked layer: another object if masks or requested kernels have changed."""
+        """The present pattern of a masked layer. It is another object if masks or requested kernels have changed."""
         if not isinstance(self.layer, MaskedConv2d):
             return None
         self.layer.refresh()
@@ -138,14 +142,17 @@ class ConvolutionStep(FusedStep):
 
     def fold(self, kernels: DeviceKernels, norm: FoldedNorm | None) -> None:
         made_for = kernels, self.pattern
-        # While mask and device are the same, the convolution is kept, with its kernel and its lists of blocks.
+        # While mask and device stay the same, the convolution with its kernel and its lists of blocks is kept.
         if self._made_for is None or any(map(operator.is_not, made_for, self._made_for)):
             self._convolution = kernels.convolution(self.layer, self.input.shape)
             self._made_for = made_for
         self._convolution.fold(norm)
 
+    def writes_gate(self, kernels: DeviceKernels) -> bool:
+        return kernels.writes_gate_of(self.layer, self.input.shape)
+
     def kernel_names(self) -> str:
-        """Name of the kernel that computes it, or of both if the passes have different ones."""
+        """Name of the kernel that computes it, or both names if the passes have different kernels."""
         forward, backward = (self._convolution.kernel(way) for way in ("forward", "grad_input"))
         return forward if forward == backward else f"{forward}, backward {backward}"
 
@@ -186,7 +193,7 @@ class LinearStep(FusedStep):
 
 
 class PointwiseStep(FusedStep):
-    """act(batch_norm(x) + residual), where there is no convolution before it to fuse these operations into."""
+    """act(batch_norm(x) + residual), where no convolution comes before it that could include these operations."""
 
     def __init__(self, name: str, norm: _BatchNorm | None, input: Value, output: Value) -> None:
         super().__init__(name, input, output)
@@ -197,6 +204,9 @@ class PointwiseStep(FusedStep):
     def fold(self, kernels: DeviceKernels, norm: FoldedNorm | None) -> None:
         if norm is not None:
             self._scale, self._bias = norm.scale, norm.shift
+
+    def writes_gate(self, kernels: DeviceKernels) -> bool:
+        return True
 
     def passes_on(self) -> Sequence[Value]:
         return super().passes_on() if self.norm is not None else self.inputs
@@ -220,7 +230,10 @@ class MaxPoolStep(FusedStep):
         super().__init__(name, input, output)
         self.size = size
         self._index: Tensor | None = None
-        """Position of the largest element in each window."""
+        """Position of the largest element in each window; each pass reuses the memory."""
+
+    def fold(self, kernels: DeviceKernels, norm: FoldedNorm | None) -> None:
+        self._index = None  # new masks may have changed the memory format
 
     def _parts(self) -> list[str]:
         return ["max pooling"]
@@ -269,12 +282,13 @@ class AutogradStep(Step):
     Args:
         model: the root of the modules and tensors that the nodes name.
         nodes: the operations, in their order.
-        reads: the nodes outside of the step whose results it reads, with their values.
-        makes: those of its nodes whose results other steps read, with their values.
-        constants: the nodes outside of the step whose results it reads and that are no tensors, with functions that
-            return the result for a number of images.
-        sizes: those of the nodes whose results are tensors, with functions that return the shape for a number of
-            images. They are compared where the user's code takes part, whose results may change their size.
+        reads: nodes outside of the step whose results it reads, with their values.
+        makes: nodes of the step whose results other steps read, with their values.
+        constants: nodes outside of the step whose results it reads and are not tensors. Each has a function that
+            returns the result for a number of images.
+        sizes: nodes of the step whose results are tensors. Each has a function that returns the expected shape for a
+            number of images. Shapes are compared only if a node of the step runs the user's code, because its results
+            may change their size.
 
     Attributes:
         has_hooks: whether hooks see what it computes.
@@ -302,7 +316,7 @@ class AutogradStep(Step):
 
     @property
     def leaves(self) -> list[Tensor]:
-        """The tensors with which the graph of the last differentiable pass begins."""
+        """The tensors at which the graph of the last differentiable pass begins."""
         return [leaf for leaf in self._leaves if leaf.requires_grad]
 
     def kept(self) -> Sequence[Value]:
@@ -336,7 +350,7 @@ class AutogradStep(Step):
                 gradients.append(gradient.to(result.dtype))
         leaves = self.leaves
         of_leaves: Sequence[Tensor | None] = [None] * len(leaves)
-        if results and leaves:  # there are none if it only reads parameters
+        if results and leaves:  # empty if the step reads parameters only
             of_leaves = torch.autograd.grad(results, leaves, gradients, allow_unused=True)
         by_leaf = dict(zip(map(id, leaves), of_leaves, strict=True))
         for value, leaf in zip(self.inputs, self._leaves, strict=True):
@@ -350,7 +364,7 @@ class AutogradStep(Step):
             args, kwargs = fx.map_arg((node.args, node.kwargs), results.__getitem__)
             results[node] = result = operation(*args, **kwargs)
             if node in self._sizes and result.shape != (size := self._sizes[node](images)):
-                raise OtherSize(f"{node.name} returns {list(result.shape)}, in the trace {list(size)}")
+                raise OtherSize(f"{called_by(node)} returns {list(result.shape)}, in the trace {list(size)}")
         return [results[node] for node in self._makes]
 
 
@@ -368,11 +382,11 @@ def _normalizes_images(operation: Callable[..., Any]) -> bool:
 
 
 def operation_of(model: nn.Module, node: fx.Node) -> Callable[..., Any]:
-    """The function that a node calls. It does not refer to the model, so the model can be freed before its steps."""
+    """The function that a node calls, without a reference to the model: so the model can be freed before its steps."""
     if node.op == "call_module":
         return model.get_submodule(str(node.target))
     if node.op == "call_method":
-        # The engine's memory format may differ from the model's; `view` may then be impossible where `reshape` copies.
+        # The engine's memory format may differ from the model's. `view` may then fail, but `reshape` copies.
         is_view = node.target == "view" and not any(isinstance(arg, torch.dtype) for arg in node.args)
         name = "reshape" if is_view else str(node.target)
         return lambda tensor, *args, **kwargs: getattr(tensor, name)(*args, **kwargs)

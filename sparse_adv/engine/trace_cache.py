@@ -1,4 +1,4 @@
-"""What is made of models by tracing them, kept for as long as the traces are right."""
+"""What is made of models by tracing them, kept as long as the traces are right."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _PATIENCE = 4
-"""Changes of a model in succession after each of which it is traced again."""
+"""After each of this many successive changes a model is traced again at once, later only after some equal calls."""
 _CALLS_OF_A_TRACE = (16, 64, 256)
-"""Calls between the first two traces for the same input, the next two, and all later ones. A trace took
-12 times as long as the FGSM attack that needed it (ResNet-18 of width 16, 16 images, a CPU)."""
+"""Least number of calls between the first and second trace for the same kind of input, the second and third, and all
+later ones. A trace took 12 times as long as the FGSM attack that needed it (ResNet-18 of width 16, 16 images, a
+CPU)."""
 _MOST_INPUTS = 1024
-"""Kinds of input whose calls are counted for each model."""
+"""Number of kinds of input whose calls are counted for each model."""
 
 
 @dataclass
@@ -40,7 +41,7 @@ class _Demand:
 
     @property
     def is_too_rare(self) -> bool:
-        """Whether what was made and forgotten would be forgotten again before it has saved the time of a trace."""
+        """Whether calls with this input are so rare that a new trace would be forgotten before it pays."""
         return self.traces > 0 and self.calls < _CALLS_OF_A_TRACE[min(self.traces, len(_CALLS_OF_A_TRACE)) - 1]
 
 
@@ -51,15 +52,15 @@ class _History:
     structure: Hashable = None
     contents: Contents = ()
     changes: int = 0
-    """Since a call last found what was made before."""
+    """Number of changes since a call last found a cached result."""
     unchanged: int = 0
-    """Calls since the last change."""
+    """Number of calls since the last change."""
     reason: str = ""
-    """What changes, once that has been said."""
+    """What changes; set once a warning has named it."""
     demand: dict[Hashable, _Demand] = field(default_factory=dict)
-    """By the kind of input, since the last change."""
+    """Calls by the kind of input, since the last change."""
     told_of_inputs: bool = False
-    """Whether it was said that the inputs are of too many kinds."""
+    """Whether a warning has said that the inputs are of too many kinds."""
 
     def add(self, structure: Hashable, contents: Contents) -> None:
         """Note the state in a call."""
@@ -77,21 +78,21 @@ class _History:
 
 
 def state_of(model: nn.Module, x: Tensor, shape: Hashable) -> tuple[Hashable, Hashable, Contents]:
-    """The call, of whose input the dtype, the device and `shape` count, and the model's modules and attributes."""
+    """The key of a trace: `shape`, dtype and device of the input, autocast, and the model's modules and attributes."""
     device = x.device.type
     call = shape, x.dtype, x.device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     return call, structure_of(model), contents_of(model)
 
 
 class TraceCache(Generic[T]):
-    """What was made of models by tracing them in the states in which each was used last.
+    """What tracing has made of models, for the states in which each model was used last.
 
     A model's state is its modules, modes and tensors, and the attributes that traced code has read. If it changes at
-    every call, nothing is traced until it stays the same for some calls; with every change that number grows. The same
-    holds for what was forgotten in favour of other inputs.
+    every call, nothing is traced until it has stayed the same for some calls; this number grows with every change. A
+    result that was forgotten in favour of other inputs is also made again only after some calls.
 
     Args:
-        capacity: as of `StateCache`.
+        capacity: as for `StateCache`.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -103,9 +104,9 @@ class TraceCache(Generic[T]):
 
         Args:
             model: any module.
-            x: its input, of which dtype and device count.
-            shape: what of the input's shape counts.
-            make: traces the model; a torch.OutOfMemoryError and an Undecided leave nothing behind.
+            x: its input; only dtype and device are read.
+            shape: the part of the input's shape that the result depends on.
+            make: traces the model. After a torch.OutOfMemoryError or Undecided, nothing is kept.
         """
         history = self._histories.setdefault(model, _History())
         call, structure, contents = state_of(model, x, shape)
@@ -131,7 +132,7 @@ class TraceCache(Generic[T]):
             return reason
         try:
             made = self._made.find(model, lambda: state_of(model, x, shape), make)
-        except (torch.OutOfMemoryError, Undecided) as error:  # say nothing about the model: the next call tries again
+        except (torch.OutOfMemoryError, Undecided) as error:  # no verdict on the model: the next call tries again
             is_full = isinstance(error, torch.OutOfMemoryError)
             reason = f"memory did not suffice to try it out: {first_line(error)}" if is_full else str(error)
             log.warning("the engine leaves this call of a %s to autograd: %s", type(model).__name__, reason)

@@ -1,4 +1,4 @@
-"""What the Python code of a model may do while it is traced: all that depends on tensors must be in the graph."""
+"""What the Python code of a model may do while it is traced: the graph must show all that depends on tensors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class NotTraceable(Exception):
 
 
 class Constant:
-    """The operation that returns a tensor which the graph reads."""
+    """An operation that returns a tensor for the graph to read."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
@@ -30,9 +30,9 @@ class Constant:
 
 
 class OnACopy:
-    """The operation that calls a module, which overwrites its input and has hooks, on a copy of the input.
+    """An operation that calls a module on a copy of its input, because the module overwrites the input and has hooks.
 
-    The hooks get the module itself, and see what they would see without the copy: the result, as the input too.
+    The hooks get the module itself. As without the copy, they see the overwritten tensor both as input and as result.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -43,11 +43,11 @@ class OnACopy:
 
 
 class EagerFunctions(TorchFunctionMode):
-    """A context for tracing that refuses computations with tensors which the graph would not repeat.
+    """A context for tracing that refuses computations with tensors if the graph would not repeat them.
 
     torch.fx records functions of the images, parameters and buffers. Others run at once, and the graph keeps their
-    result. That is right where they read numbers alone, as `torch.tensor(self.mean)` and `torch.arange(n)` do, and
-    wrong for a tensor that code outside of the graph may change.
+    result. That is right if they read only numbers, as `torch.tensor(self.mean)` and `torch.arange(n)` do. It is wrong
+    if they read a tensor that code outside of the graph may change.
 
     Raises:
         NotTraceable: before such a function runs.
@@ -56,7 +56,7 @@ class EagerFunctions(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self._made: dict[int, Tensor] = {}
-        """The tensors made of numbers, kept so that no other gets their identity."""
+        """The tensors made from numbers, kept so that no other tensor gets the same id."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -71,7 +71,7 @@ class EagerFunctions(TorchFunctionMode):
 
 
 class SizesOfValues(TorchDispatchMode):
-    """A context that refuses operations whose results have a size that depends on values, as a graph keeps sizes.
+    """A context that refuses operations whose results have sizes that depend on values: a graph has fixed sizes.
 
     Raises:
         NotTraceable: before such an operation runs.
@@ -87,13 +87,20 @@ class SizesOfValues(TorchDispatchMode):
 
 def module_of(model: nn.Module, node: fx.Node) -> nn.Module | None:
     """The module that a node calls, or None."""
-    if isinstance(node.target, nn.Module):  # in place of one that would overwrite its input, or does more
+    if isinstance(node.target, nn.Module):  # replaces a module that would overwrite its input or does more
         return node.target
     return model.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
+def called_by(node: fx.Node) -> str:
+    """What a node calls, in the words of an error message: a module by its name in the model, or a function."""
+    if node.op == "call_module":
+        return f"module {node.target!r}"
+    return str(node.target if node.op == "call_method" else getattr(node.target, "__name__", node.name))
+
+
 def arguments_of(node: fx.Node) -> dict[str, Any]:
-    """The arguments of the Python function that a node calls, those with defaults too, by their names."""
+    """The arguments of the Python function that a node calls, including defaults, by name."""
     assert callable(node.target)
     bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)
     bound.apply_defaults()
@@ -104,7 +111,7 @@ METADATA = {
     *("shape", "size", "dim", "ndim", "ndimension", "numel", "nelement"),
     *("dtype", "device", "layout", "is_cuda", "is_floating_point", "is_complex", "element_size", "itemsize"),
 }
-"""What a tensor says about itself without its elements and strides; in those two a call may differ from the trace."""
+"""Properties of a tensor that depend neither on its elements nor on its strides: those may differ from the trace."""
 
 
 def reads_elements(node: fx.Node) -> bool:
@@ -113,6 +120,6 @@ def reads_elements(node: fx.Node) -> bool:
         return node.args[1] not in METADATA
     if node.op == "call_method":
         return node.target not in METADATA
-    if node.target is operator.getitem:  # of a tuple, as a tensor's item is a tensor
+    if node.target is operator.getitem:  # an item of a tuple: an item of a tensor is a tensor
         return len(node.all_input_nodes) > 1
     return node.target not in (len, torch.numel, torch.is_floating_point, torch.is_complex)

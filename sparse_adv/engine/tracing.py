@@ -27,6 +27,7 @@ from sparse_adv.engine.traced_code import (
     NotTraceable,
     OnACopy,
     SizesOfValues,
+    called_by,
     module_of,
     reads_elements,
 )
@@ -55,12 +56,12 @@ class Trace:
     device: str
     """Type of the device of the images."""
     results: dict[fx.Node, Any]
-    """The result of each node; of a tensor only shape and dtype, as a tensor on the meta device."""
+    """The result of each node. A tensor is on the meta device: only its shape and dtype are kept."""
     of_one: dict[fx.Node, Any] | None
-    """The results for the first image alone; None if the operations are not right for any number of images."""
+    """The results for the first image alone; None if the operations are right for this number of images only."""
 
     def for_images(self, node: fx.Node) -> Callable[[int], Any]:
-        """A function that returns the result of a node for a number of images, and does not refer to the model."""
+        """A function that returns the result of a node for a number of images. It holds no reference to the model."""
         result = self.results[node]
         if self.of_one is None:
             return lambda images: result
@@ -72,7 +73,7 @@ def trace(model: nn.Module, x: Tensor) -> Trace:
     """Trace a model, and run it once without gradients.
 
     Args:
-        model: takes one tensor; further arguments keep their defaults. Its modes are those of the trace.
+        model: takes one tensor; further arguments keep their defaults. It is traced in its present modes.
         x: a batch of its input.
 
     Raises:
@@ -94,7 +95,7 @@ def trace(model: nn.Module, x: Tensor) -> Trace:
     for node in graph.nodes:
         from_tensors = any(holds_tensors(results[source]) for source in node.all_input_nodes)
         if node is not end and from_tensors and not holds_tensors(results[node]) and reads_elements(node):
-            raise NotTraceable(f"{node.name} reads the elements of a tensor")
+            raise NotTraceable(f"{called_by(node)} reads the elements of a tensor")
     if not isinstance(results[returned], Tensor):
         raise NotTraceable(f"the model returns a {type(results[returned]).__name__}")
     of_one = _results_of_one(model, graph, x, results)
@@ -102,17 +103,18 @@ def trace(model: nn.Module, x: Tensor) -> Trace:
 
 
 def graph_of(model: nn.Module) -> fx.Graph:
-    """The operations of a model, without in-place operations. Its Python code runs once, on a copy of the modules.
+    """The operations of a model, without in-place operations. The model's Python code runs once, on a copy of the
+    modules.
 
-    A part that cannot be traced, and all others of its class, count as one operation each, if there are no layers in
-    it. Its code then runs in each pass.
+    If a part without layers cannot be traced, each part of its class counts as one operation. Its code then runs in
+    each pass.
 
     Raises:
         NotTraceable: if the model depends on values of its input or of its buffers, overwrites a tensor that is read
             under another name, has hooks itself, is sharded by FSDP, or if its Python code draws random numbers,
-            changes attributes of modules, or computes with other tensors: the graph would repeat what happened this
-            once. If it calls an autograd function of its own or stops gradients, which the graph would not show. If it
-            reads attributes whose changes would not be seen.
+            changes attributes of modules, or computes with other tensors, because the graph would repeat what happened
+            this time. Also if the code calls its own autograd function or stops gradients, which the graph would not
+            show, or reads attributes whose changes would not be seen.
     """
     if any(map(is_sharded, model.modules())):
         raise NotTraceable("FSDP gathers its weights in each pass")
@@ -127,7 +129,7 @@ def graph_of(model: nn.Module) -> fx.Graph:
             return _graph(model, tracer)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # the model's own code may raise anything when it gets a proxy instead of a tensor
+        except Exception as error:  # given a proxy instead of a tensor, the model's own code may raise anything
             part = tracer.part
             if part is not None and type(part) not in whole and not _has_layers(part):
                 whole.add(type(part))
@@ -139,7 +141,7 @@ def graph_of(model: nn.Module) -> fx.Graph:
 
 
 def _has_layers(part: nn.Module) -> bool:
-    """Whether a module has parts that the engine computes faster than PyTorch."""
+    """Whether a module has parts that the engine computes faster than PyTorch does."""
     return any(isinstance(m, (nn.modules.conv._ConvNd, nn.Linear)) for m in part.modules() if m is not part)
 
 
@@ -172,11 +174,11 @@ class _Tracer(Tracer):
     """Records masked layers and modules with hooks as one call each, without looking inside.
 
     Args:
-        model: of which a copy is traced.
+        model: a copy of it is traced.
         whole: classes of other modules that are recorded in this way.
     """
 
-    proxy_buffer_attributes = True  # what is computed from a buffer belongs to the graph, as with parameters
+    proxy_buffer_attributes = True  # the graph records what is computed from buffers, as from parameters
 
     reads: Reads
 
@@ -185,7 +187,7 @@ class _Tracer(Tracer):
         self._model, self._whole = model, whole
 
     def trace(self, root: nn.Module | Callable[..., Any], concrete_args: dict[str, Any] | None = None) -> fx.Graph:
-        """Trace a copy of the model; `reads` then has what its code has read."""
+        """Trace a copy of the model; `reads` then holds what its code has read."""
         assert isinstance(root, nn.Module)
         self.reads = Reads(self._model, root)
         self.reads.add(root, "forward")
@@ -231,7 +233,7 @@ class _Recorder(fx.Interpreter):
 
 
 def holds_tensors(result: object) -> bool:
-    """Whether a result is a tensor or has one in it."""
+    """Whether a result is or contains a tensor."""
     return any(isinstance(leaf, Tensor) for leaf in tree_leaves(result))
 
 
@@ -255,7 +257,7 @@ def _results(model: nn.Module, graph: fx.Graph, x: Tensor) -> dict[fx.Node, Any]
 def _results_of_one(
     model: nn.Module, graph: fx.Graph, x: Tensor, results: dict[fx.Node, Any]
 ) -> dict[fx.Node, Any] | None:
-    """The results for the first image; None if they do not say what the operations return for any number of images."""
+    """The results for the first image; None if results for other numbers of images do not follow from them."""
     if len(x) < 2:
         return None
     try:
@@ -269,7 +271,7 @@ def _results_of_one(
 
 
 def _take_constants(copied: nn.Module, graph: fx.Graph) -> None:
-    """Move the tensors that torch.fx has made attributes of the traced copy into the graph."""
+    """Move tensors into the graph that torch.fx has made attributes of the traced copy."""
     for node in graph.nodes:
         name = str(node.target)
         if node.op == "get_attr" and name.startswith("_tensor_constant"):

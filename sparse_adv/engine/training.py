@@ -31,21 +31,22 @@ _CHECKED_IMAGES = 4
 _TOLERANCE = 1e-6
 """Greatest relative error of the gradients in float64."""
 _LEAST_GRADIENT = 1e-3
-"""Part of the largest gradient that smaller ones count as. Behind a layer that is pruned wholly they are 0 but for
-rounding errors, which the BatchNorm of its constant output multiplies by 1 / sqrt(eps) = 316."""
+"""Gradients that are smaller than this share of the largest are compared as if they had this size. Behind a completely
+pruned layer they are 0 up to rounding errors, which the BatchNorm of the layer's constant output multiplies by 1 /
+sqrt(eps) = 316."""
 
 _graphs: TraceCache[TrainingGraph | str] = TraceCache(capacity=4)
 """For each model, in different modes and dtypes, the graph or the reason why there is none."""
 
 
 class RunningStatistics:
-    """The batch statistics of all layers in one forward pass, which update the running ones of all layers together."""
+    """The batch statistics of all layers in one forward pass, to update all running statistics together."""
 
     def __init__(self) -> None:
         self._found: list[tuple[nn.BatchNorm2d, Tensor, Tensor, int]] = []
 
     def add(self, norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
-        """Keep mean and biased variance of a layer's batch, which has `count` values of each channel."""
+        """Keep mean and biased variance of a layer's batch, with `count` values in each channel."""
         if any(
             norm.running_mean is other.running_mean is not None or norm.running_var is other.running_var is not None
             for other, *_ in self._found
@@ -94,7 +95,8 @@ class NormAct:
 class DropoutInOrder:
     """A dropout of images in channels_last with the mask that it would have in NCHW.
 
-    The mask is drawn in the order of the memory. Two copies are cheaper than convolutions in NCHW.
+    A mask is drawn in memory order, so the images are copied to NCHW and back; this is cheaper than convolutions in
+    NCHW.
     """
 
     def __init__(self, dropout: Callable[..., Any]) -> None:
@@ -110,7 +112,7 @@ class TrainingGraph(nn.Module):
     """Runs the operations of a model, with its own modules and their hooks, and each BatchNorm as `NormAct`.
 
     The model's modules are not registered here, so parameters(), train() and state_dict() of this module are empty or
-    without effect: call those of the model.
+    without effect: call the model's.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -159,15 +161,15 @@ class TrainingGraph(nn.Module):
 
 
 def fuse_for_training(model: nn.Module, x: Tensor) -> nn.Module:
-    """Return a module that computes the same as a model in its current modes, faster; else the model itself.
+    """Return a module that computes the same as a model in its current modes, but faster; else the model itself.
 
     On a CPU and on CUDA each BatchNorm2d in training mode, an addition that follows it and a ReLU become one op,
     `ops.batch_norm_act`, with 2 to 8 passes over memory forward and back where PyTorch needs 8 to 16. On a CPU, in
-    float32, dense 3 x 3 convolutions take `ops.winograd_conv2d` where it is faster, on channels_last images. Weights,
-    gradients, running statistics and hooks are those of the model. The first time that a model is seen in this state
-    its outputs, gradients and statistics are compared in float64 with those of the fused graph on a few images; if they
-    differ, or torch.fx cannot trace the model, the model is returned, and a log message says why. Later calls do not
-    make the host wait for a GPU, so a CUDA graph can hold them.
+    float32, dense 3 x 3 convolutions of channels_last images use `ops.winograd_conv2d` where it is faster. Weights,
+    gradients, running statistics and hooks are those of the model. When a model is first seen in this state, its
+    outputs, gradients and statistics are compared in float64 with those of the fused graph on a few images. If they
+    differ, or torch.fx cannot trace the model, the model itself is returned, and a log message says why. Later calls do
+    not make the host wait for a GPU, so a CUDA graph can hold them.
 
     Args:
         model: any module. It must not be changed between this call and the call of the returned module.
@@ -177,7 +179,7 @@ def fuse_for_training(model: nn.Module, x: Tensor) -> nn.Module:
         A module to be called with x in place of the model, once. It holds no parameters of its own.
 
     Raises:
-        Exception: when it is called, whatever the model itself raises. A model that cannot be fused raises nothing.
+        Exception: when it is called, whatever the model itself raises. It is no error if a model cannot be fused.
 
     Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten())
@@ -268,7 +270,7 @@ def _speed_up_convolutions(model: nn.Module, graph: fx.Graph) -> set[nn.Conv2d]:
 
 
 def _take_channels_last(model: nn.Module, graph: fx.Graph, faster: set[nn.Conv2d]) -> bool:
-    """Whether the convolutions that are not `TrainedConvolution` take images in channels_last without loss or crash."""
+    """Whether convolutions that are not in `faster` take channels_last images without losing time or crashing."""
     others = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d) and layer not in faster]
     strides = [
         node.kwargs.get("stride", node.args[3] if len(node.args) > 3 else 1)
@@ -288,7 +290,7 @@ def _only_user(node: fx.Node) -> fx.Node | None:
 def _is_fusible(norm: nn.BatchNorm2d) -> bool:
     plain = computes_as(norm, nn.BatchNorm2d) and not has_hooks(norm)
     tracks = norm.track_running_stats or norm.running_mean is None
-    # An average over all batches (momentum=None) divides by their number, which the host would read from the GPU.
+    # An average over all batches (momentum=None) divides by their number, and the host would read it from the GPU.
     waits = norm.momentum is None and norm.running_mean is not None and norm.running_mean.device.type != "cpu"
     return plain and norm.training and tracks and not waits
 

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sparse_adv.engine.kernels import DeviceKernels, Place
 from sparse_adv.kernels.epilogue import Epilogue
-
-if TYPE_CHECKING:
-    from sparse_adv.engine.steps import Step
 
 
 @dataclass(eq=False)
@@ -30,8 +26,8 @@ class Value:
     """Whether it is the output of a ReLU."""
     kept: bool = False
     """Whether it must last until the backward pass of the steps that read it."""
-    readers: list[Step] = field(default_factory=list)
-    """The steps that read it, in the order of the forward pass; a step that reads it twice is there twice."""
+    reads: int = 0
+    """How often steps read it: a step may read it twice."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +36,7 @@ class PassMemory:
 
     images: int
     gates: Mapping[Value, Tensor]
-    """Of outputs of a ReLU, but for those that are their own gates."""
+    """Gates of ReLU outputs, except those that are their own gates."""
     places: Mapping[Value, Place]
     """Where each value is written, if the kernel can choose."""
     gradient_places: Mapping[Value, Place]
@@ -51,8 +47,8 @@ class PassTensors:
     """The tensors of one forward pass, and of the backward pass that may follow.
 
     For the output of a ReLU the gradient of the ReLU's *input* is stored: the last step that contributes to it also
-    applies the gate (the gradient is 0 where the ReLU's output was 0). So no pass over memory only gates or adds
-    gradients.
+    applies the gate (the gradient is 0 where the ReLU's output was 0). So no extra pass over memory is needed to gate
+    or add gradients.
     """
 
     images: int
@@ -67,7 +63,7 @@ class PassTensors:
         self._values: dict[Value, Tensor] = {}
         self._gradients: dict[Value, Tensor] = {}
         self._unread: dict[Value, int] = {}
-        """For each value the number of its readers that have not contributed to its gradient yet."""
+        """For each value the number of its reads that have not contributed to its gradient yet."""
 
     def __getitem__(self, value: Value) -> Tensor:
         return self._values[value]
@@ -82,27 +78,27 @@ class PassTensors:
         return self._memory.places[value]
 
     def gate(self, value: Value) -> Tensor | None:
-        """The memory for the gate of a value; None if no gradient is wanted, or the value itself is the gate."""
+        """The memory for the gate of a value; None if no gradient is wanted or the value is its own gate."""
         return self._gates.get(value)
 
     def start_gradient(self, value: Value, gradient: Tensor) -> None:
-        """Set the gradient of the model's output, with which the backward pass begins."""
+        """Begin the backward pass with the gradient of the model's output."""
         gate = self._gate_of(value) if value.rectified else None
         self._gradients[value] = gradient if gate is None else self.kernels.pointwise(gradient, Epilogue(gate=gate))
 
     def take_gradient(self, value: Value) -> Tensor | None:
-        """The gradient of a value, which the step that made the value needs; None if nobody read the value."""
+        """The gradient of a value, for the step that made it; None if nothing contributed to it."""
         return self._gradients.pop(value, None)
 
     def contribute(self, value: Value, compute: Callable[[Epilogue, Place], Tensor | None]) -> None:
         """Add to the gradient of a value.
 
         Args:
-            value: one that the step reads.
-            compute: called with an epilogue and the place of the result, returns the new gradient. The epilogue holds
-                the sum of the earlier contributions as residual and the gate to apply; either may be None.
+            value: a value that the step reads.
+            compute: returns the new gradient for an epilogue and the place of the result. The epilogue's residual is
+                the sum of the earlier contributions, and its gate is to be applied; either may be None.
         """
-        self._unread[value] = unread = self._unread.get(value, len(value.readers)) - 1
+        self._unread[value] = unread = self._unread.get(value, value.reads) - 1
         gate = self._gate_of(value) if value.rectified and not unread else None
         epilogue = Epilogue(residual=self._gradients.pop(value, None), gate=gate)
         gradient = compute(epilogue, self._memory.gradient_places[value])

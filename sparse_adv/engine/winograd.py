@@ -1,10 +1,13 @@
 """Which layers Winograd's filtering computes fastest on a CPU in float32: dense in channels_last, masked in NCHW.
 
+Also, which layers oneDNN computes faster in NCHW.
+
 `benchmarks/winograd_thresholds.py` shows on any machine where each threshold lies.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -22,34 +25,39 @@ from sparse_adv.ops.transforms import is_transformed
 
 _LEAST_CHANNELS = 16
 _LEAST_TILES = {2: 64, 4: 128}
-"""Of a batch; round numbers about what was measured. Transforming the weights takes as long as about 90 tiles of 4 x 4
-pixels, or 110 of 2 x 2, save in one pass. So 128 of 4 x 4 pay in every pass, also in training, which transforms the
-weights for each. 64 of 2 x 2 pay from the second step of an attack on, which transforms them once for all steps."""
+"""Least tiles of a batch, rounded. By measurement, transforming the weights costs as much time as about 90 tiles of 4 x
+4 pixels, or 110 of 2 x 2, save in one pass. So 128 tiles of 4 x 4 pay in every pass, even in training, where each pass
+transforms the weights. 64 tiles of 2 x 2 pay from the second step of an attack on, because an attack transforms the
+weights once for all steps."""
 
 _SPARSE_UP_TO = ((4, 0.4), (2, 0.35), (1, 0.27))
-"""For output channels of a mask's block, or more, the density up to which the sparse kernel is faster. Measured on one
-gradient of 64 images, ResNet-18 of width 64, an Intel Xeon with AVX-512: (1, 1) at 0.2 and 0.3 sparse 383 and 522 ms,
-Winograd 480; (2, 2) at 0.3 and 0.4 421 and 517, 465; (4, 4) at 0.4 and 0.5 467 and 577, 470."""
+"""Pairs: for blocks with at least this many output channels, the density up to which the sparse kernel is faster.
+Measured on one gradient of 64 images, ResNet-18 of width 64, an Intel Xeon with AVX-512: blocks (1, 1) take 383 and 522
+ms at densities 0.2 and 0.3, Winograd 480; blocks (2, 2) 421 and 517 at 0.3 and 0.4, Winograd 465; blocks (4, 4) 467 and
+577 at 0.4 and 0.5, Winograd 470."""
 
 _LIVE_UP_TO = ((4, 0.8), (2, 0.5), (1, 0.4))
-"""For output channels of a mask's block, or more, the part of the filters up to which the sparse products are faster
-than Winograd's dense ones. Measured on four layers of a ResNet-18, 64 images, an Intel Xeon with AVX-512, parts of the
-dense time: blocks of 4 take 0.7 to 0.8 at 0.6 and 0.8 to 1.04 at 0.8, blocks of 2 0.6 to 0.9 at 0.4 and 0.8 to 1.3 at
-0.6, blocks of 1 0.4 to 0.7 at 0.2 and 0.6 to 1.3 at 0.4. One gradient of a ResNet-18 on a Zen 4: dense products take
-1.20 and 1.10 times as long at 0.7 and 0.8 (blocks of 4), 1.14 and 1.01 at 0.5 and 0.6 (2), 1.30 and 1.12 at 0.4 and 0.5
-(1)."""
+"""Pairs: for blocks with at least this many output channels, the share of live filters up to which the sparse products
+are faster than Winograd's dense ones. Measured as a fraction of the dense time on four layers of a ResNet-18, 64
+images, an Intel Xeon with AVX-512: blocks of 4 take 0.7 to 0.8 at a share of 0.6 and 0.8 to 1.04 at 0.8; blocks of 2
+take 0.6 to 0.9 at 0.4 and 0.8 to 1.3 at 0.6; blocks of 1 take 0.4 to 0.7 at 0.2 and 0.6 to 1.3 at 0.4. One gradient of
+a ResNet-18 on a Zen 4: dense products take 1.20 and 1.10 times as long at 0.7 and 0.8 (blocks of 4), 1.14 and 1.01 at
+0.5 and 0.6 (2), 1.30 and 1.12 at 0.4 and 0.5 (1)."""
 _LEAST_KEPT_OF_LIVE = 2 / 3
-"""The part of their weights that live filters keep: the others are multiplied for nothing. At 0.4 (single weights, of
-that density) filtering is 1.4 times as fast as the direct kernel with 64 and 128 channels, but takes 1.3 times as long
-with 256 and 2.7 to 4 times with 512."""
+"""Least share of their weights that live filters must keep: pruned weights in them are multiplied for nothing. With
+single weights kept at density 0.4, filtering is 1.4 times as fast as the direct kernel with 64 and 128 channels, but
+takes 1.3 times as long with 256 and 2.7 to 4 times as long with 512."""
 _LEAST_CHANNELS_OF_LIVE_FILTERS = 32
+_LEAST_CHANNELS_IN_NCHW = 256
+_MOST_PIXELS_IN_NCHW = 36
+_LEAST_IMAGES_IN_NCHW = 4
 _LEAST_TILES_OF_LIVE_FILTERS = 32
 _MOST_MULTIPLICATIONS = 0.8
-"""Of those of a direct convolution: small images fill tiles badly, one of 2 x 2 pixels takes as many."""
+"""As a share of a direct convolution's. Small images fill tiles badly: one of 2 x 2 pixels saves none."""
 
 
 def sparse_is_faster(layer: MaskedConv2d, shape: Sequence[int]) -> bool:
-    """Whether the direct sparse kernel is the fastest for a layer, where others may be channels_last."""
+    """Whether the direct sparse kernel is the fastest for a layer, also compared with dense ones in channels_last."""
     if layer.plan(layer.weight.new_empty(shape)).forward.kernel != "sparse":
         return False
     if layer.weight.dtype != torch.float32 or winograd_tile(layer, shape) is None:
@@ -58,7 +66,7 @@ def sparse_is_faster(layer: MaskedConv2d, shape: Sequence[int]) -> bool:
 
 
 def takes_live_filters(layer: MaskedConv2d, shape: Sequence[int]) -> bool:
-    """Whether Winograd's filtering of the filters that are kept is the fastest for a layer, on images in NCHW."""
+    """Whether Winograd's filtering with the live filters alone is the fastest for a layer, on images in NCHW."""
     if layer.weight.dtype != torch.float32 or not _is_3x3(layer):
         return False
     if min(layer.in_channels, layer.out_channels) < _LEAST_CHANNELS_OF_LIVE_FILTERS:
@@ -73,9 +81,9 @@ def takes_live_filters(layer: MaskedConv2d, shape: Sequence[int]) -> bool:
 
 
 def winograd_tile(layer: nn.Conv2d, shape: Sequence[int]) -> int | None:
-    """The rows of a tile for a layer and the shape of its input; None where oneDNN is faster or must take it.
+    """The rows of a tile for a layer and the shape of its input; None if oneDNN is faster or the only choice.
 
-    Tiles of 4 x 4 pixels multiply least, unless many of them are cut by the edge of the image.
+    Tiles of 4 x 4 pixels need the fewest multiplications, unless the edge of the image cuts many of them.
 
     Examples:
         >>> layer = nn.Conv2d(64, 64, 3, padding=1)
@@ -92,6 +100,25 @@ def winograd_tile(layer: nn.Conv2d, shape: Sequence[int]) -> int | None:
     return 2 if enough[2] and rows * cols > 1 else None
 
 
+def is_faster_in_nchw(layer: nn.Conv2d, shape: Sequence[int]) -> bool:
+    """Whether oneDNN takes less time in NCHW for a layer and the shape of its input, with two copies of the images.
+
+    In channels_last, passes of wide layers with few pixels take longer (float32, torch 2.13, an Intel Xeon with
+    AVX-512, batches of 4 to 256: with 256 channels 1.1 to 1.5 times as long at 4 x 4 pixels and as long at 6 x 6, with
+    512 1.5 to 3.5 times at 2 x 2, 1.4 to 1.9 at 4 x 4 and 1.2 at 6 x 6). For single images, in 16 bits, with a stride
+    and in all other layers, NCHW takes as long or longer.
+    """
+    if layer.weight.dtype != torch.float32 or shape[0] < _LEAST_IMAGES_IN_NCHW or layer.groups != 1:
+        return False
+    stride, padding, dilation = geometry_of(layer)
+    if math.prod(layer.kernel_size) == 1 or stride != (1, 1):
+        return False
+    if min(layer.in_channels, layer.out_channels) < _LEAST_CHANNELS_IN_NCHW:
+        return False
+    pixels = math.prod(output_size(shape[2:], layer.kernel_size, stride, padding, dilation))
+    return 1 < pixels <= _MOST_PIXELS_IN_NCHW
+
+
 def _is_3x3(layer: nn.Conv2d) -> bool:
     """Whether a layer has 3 x 3 filters and a geometry that the ops of Winograd's filtering take."""
     if isinstance(layer.padding, str) or layer.padding_mode != "zeros" or layer.groups != 1:
@@ -101,7 +128,7 @@ def _is_3x3(layer: nn.Conv2d) -> bool:
 
 
 class TrainedConvolution:
-    """A convolution in training, by Winograd's filtering where that is faster."""
+    """A convolution in training, computed by Winograd's filtering, or in NCHW, where that is faster."""
 
     def __init__(self, layer: nn.Conv2d) -> None:
         self.layer = layer
@@ -111,17 +138,22 @@ class TrainedConvolution:
         if onednn_writes_out_of_bounds(layer):
             rows, cols = _pair(layer.stride)  # on the pixels that are read, the convolution has stride 1
             return F.conv2d(x[:, :, ::rows, ::cols], layer.weight, layer.bias)
-        if x.dtype == layer.weight.dtype == torch.float32 and x.is_contiguous(memory_format=torch.channels_last):
+        if is_transformed() or torch.is_autocast_enabled("cpu") or x.dim() != 4:
+            return layer(x)
+        is_channels_last = x.is_contiguous(memory_format=torch.channels_last)
+        if is_channels_last and x.dtype == layer.weight.dtype == torch.float32:
             tile = winograd_tile(layer, x.shape)
-        if tile is None or is_transformed() or torch.is_autocast_enabled("cpu"):
+        if tile is None and is_channels_last and is_faster_in_nchw(layer, x.shape):
+            return layer(x.contiguous()).contiguous(memory_format=torch.channels_last)
+        if tile is None:
             return layer(x)
         return ops.winograd_conv2d(x, layer.weight, layer.bias, _pair(layer.padding), tile=tile)
 
 
 def onednn_writes_out_of_bounds(layer: nn.Conv2d) -> bool:
-    """Whether the gradient of the weight may end the process where images or weight are channels_last.
+    """Whether computing the gradient of the weight may crash if images or weight are channels_last.
 
-    oneDNN's AVX2 kernel of strided 1 x 1 convolutions does that with fewer than 8 input channels (torch 2.13).
+    oneDNN's AVX2 kernel for strided 1 x 1 convolutions with fewer than 8 input channels does so (torch 2.13).
     """
     strided = _pair(layer.stride) != (1, 1)
     is_strided_1x1 = layer.kernel_size == (1, 1) and strided and layer.padding in (0, (0, 0), "valid")
@@ -129,7 +161,7 @@ def onednn_writes_out_of_bounds(layer: nn.Conv2d) -> bool:
 
 
 def is_plain_convolution(module: nn.Module | None) -> bool:
-    """Whether a module is a dense convolution on a CPU that runs no code but PyTorch's, also for its weight."""
+    """Whether a module is a dense convolution on a CPU that runs only PyTorch's code, also for its weight."""
     if not isinstance(module, nn.Conv2d) or "weight" not in module._parameters or has_hooks(module):
         return False
     return module.weight.device.type == "cpu" and computes_as(module, nn.Conv2d)

@@ -2,9 +2,9 @@
 
 Each direction is three kernels: one that writes partial sums of some rows; a small one that adds these up in float64,
 in a fixed order and without atomics; and one that reads the images again and writes the result. All work on tiles
-[positions, channels]. channels_last images are such a matrix in memory. A tile of NCHW images has one channel, whose
-positions are the pixels of all images; for a gate, which has whole bytes in each row of the innermost dimension, rows
-are padded to a multiple of 8 positions.
+[positions, channels]. channels_last images are such a matrix in memory. A tile of NCHW images has one channel, and its
+positions are the pixels of all images. With a gate, rows are padded to a multiple of 8 positions, because a gate has
+whole bytes in each row of the innermost dimension.
 """
 
 from __future__ import annotations
@@ -26,17 +26,18 @@ from sparse_adv.kernels.gate_tiles import (
 )
 from sparse_adv.kernels.layout import WIDE_FROM, layout_of
 
+# Chosen; none is tuned on a GPU yet.
 _TILE = 4096  # elements: with 8 warps each thread loads 16 bytes of each 16-bit tensor twice
 _OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 _BYTES_IN_ROW = 128  # of a tile of channels_last images: a cache line
-_SUMMED = 8192  # elements that a program sums at least
-_PROGRAMS = 512  # that sum large images: all of them are on a large GPU at once, and their partial sums are few
-_ADDENDS = 256  # that a thread adds up in the dtype of the arithmetic before the sums continue in float64
+_SUMMED = 8192  # least number of elements that a program sums
+_PROGRAMS = 512  # for sums of large images: a large GPU runs all of them at once, and their partial sums are few
+_ADDENDS = 256  # that a thread adds in the dtype of the arithmetic; then the sums continue in float64
 _FOLDED = {"BLOCK_C": 8, "BLOCK_SPLITS": 256}  # channels and programs whose partial sums form a tile
 
 
 class _Tiles(NamedTuple):
-    """How images are divided into tiles; the kernels' arguments of these names."""
+    """How images are divided into tiles; the kernels have arguments of these names."""
 
     positions: int
     """Positions of one channel, with padding."""
@@ -47,7 +48,7 @@ class _Tiles(NamedTuple):
     padded: int
     """Positions of a row."""
     groups: int
-    """Tiles beside each other."""
+    """Number of tiles next to each other."""
     CHANNELS_LAST: bool
     WIDE: bool
     """Whether offsets need 64 bits."""
@@ -62,7 +63,7 @@ class _Tiles(NamedTuple):
         return min(tiles, _ADDENDS) * self.BLOCK_M
 
     def programs(self, span: int) -> tuple[int]:
-        """The grid where a program has so many positions."""
+        """The grid if each program has this many positions."""
         return (self.groups * triton.cdiv(self.positions, span),)
 
 
@@ -71,7 +72,7 @@ def _tiles_of(images: Tensor, gate: Tensor | None) -> _Tiles:
     channels_last = layout_of(images) == torch.channels_last
     if channels_last:
         positions, rows, cols, padded = batch * rows * cols, 1, 1, 1
-        # The greatest power of 2 that divides the channels leaves no lane idle.
+        # With the greatest power of 2 that divides the channels, no lane is idle.
         block_c = max(16, min(_BYTES_IN_ROW // images.element_size(), channels & -channels))
     else:
         if gate is None or cols % 8 == 0:
@@ -248,9 +249,9 @@ def statistics_kernel(
     first, second = folded(partial, c, splits, channels, BLOCK_C, BLOCK_SPLITS)
     shift = tl.load(input + c.to(tl.int64) * step, c < channels, 0).to(tl.float64)
     from_shift = first * share
-    spread = second * share - from_shift * from_shift
+    variance = second * share - from_shift * from_shift
     tl.store(mean + c, (shift + from_shift).to(mean.dtype.element_ty), c < channels)
-    tl.store(var + c, tl.where(spread < 0, 0, spread).to(var.dtype.element_ty), c < channels)  # NaN stays
+    tl.store(var + c, tl.where(variance < 0, 0, variance).to(var.dtype.element_ty), c < channels)  # NaN stays
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""The epilogue of a kernel: what is done to its result before that is written."""
+"""The epilogue of a kernel: what is done to its result before it is written."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ class Epilogue(NamedTuple):
     """Memory for the gate of the ReLU."""
     gate: Tensor | None = None
     """The gate of a ReLU, in the backward pass: the result is 0 where that ReLU's output was 0. Either bytes, with a
-    bit for each element, or a tensor like the result, which passes where it is positive: that output itself."""
+    bit for each element, or a tensor like the result, the ReLU's output itself: the gradient passes where it is
+    positive."""
 
     @property
     def is_empty(self) -> bool:
-        """Whether the result is written as it is."""
+        """Whether the result is written unchanged."""
         return not self.relu and all(operand is None for operand in self[:3]) and self.gate is None

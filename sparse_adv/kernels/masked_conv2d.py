@@ -4,7 +4,7 @@ Letters: N images, C input channels, H x W pixels; K output channels, R x S filt
 
 A program computes one tile of pixels of one tile of channels. It reads the tile's list of live blocks, each (channel
 tile to read, tap), gathers the pixels that the tap reads, and multiplies them by the block's packed weights. Blocks
-that are not in the list cost nothing. Images are read channels_last, where the 32 or 64 channels of a pixel are one or
+that are not in the list cost nothing. Images are read channels_last: there the 32 or 64 channels of a pixel are one or
 two lines of memory. Other layouts are copied to channels_last first: the copy reads each pixel once, while the kernel
 reads it once for every live block of its channels. The output is written in its own layout.
 
@@ -23,13 +23,13 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_adv.kernels.epilogue import Epilogue
-from sparse_adv.kernels.gate_tiles import packed, unpacked
 from sparse_adv.kernels.layout import WIDE_FROM, empty_in_layout_of, in_layout_of, output_size
+from sparse_adv.kernels.masked_conv2d_epilogue import store_with_epilogue
 from sparse_adv.kernels.masked_conv2d_lists import Lists
 from sparse_adv.kernels.masked_conv2d_tiles import check_pixels, convolution_tile, divider, kind_of, quotient
 from sparse_adv.kernels.tensor_checks import check_bits
 
-# Programs that run at about the same time form a group; what a group reads fits into the L2 cache, of 40 MB or more.
+# Programs that run at about the same time form a group. What a group reads fits into the L2 cache (40 MB or more).
 _GROUP_BYTES = 2**24
 
 
@@ -60,7 +60,7 @@ def forward(
         residual: float tensor [N, K, P, Q], or None.
         precision: how float32 is multiplied: "tf32", or "tf32x3", which splits it into three products of tf32. These
             lose 2 of the 24 bits and take a quarter of the time of float32 without tensor cores.
-        gate: uint8 tensor laid out as `ops.empty_gate` says that receives the gate of the ReLU, or None.
+        gate: uint8 tensor laid out as in `ops.empty_gate`, or None: receives the gate of the ReLU.
 
     Raises:
         RuntimeError: if there is a gate and the output is not channels_last with a multiple of 8 channels.
@@ -150,7 +150,7 @@ def _launch(
     tiles = triton.cdiv(pixels, tile.pixels)
     group = min(max(_GROUP_BYTES // (tile.pixels * source.shape[1] * source.element_size()), 1), tiles)
     source = source.contiguous(memory_format=torch.channels_last)
-    # The last pixel of which an offset is formed, before a tap's shift: it may lie outside of the image that is read.
+    # The last pixel whose offset is computed, before a tap's shift: it may lie outside of the image that is read.
     last_row, last_col = tile_rows - 1, tile_cols - 1
     if not gradient:
         last_row, last_col = last_row * stride[0], last_col * stride[1]
@@ -219,7 +219,7 @@ def _contiguous(vector: Tensor | None) -> Tensor | None:
 def _entry(blocks, order, item, end, STEP: tl.constexpr, PARTS: tl.constexpr, GRADIENT: tl.constexpr):
     """Item `item` of the lists: (index of its block, part of the block, step of channels to read, filter row, column).
 
-    Each block is PARTS items of STEP channels each. From `end` on, which is one item ahead of the loop, all are 0.
+    Each block is PARTS items of STEP channels each. All are 0 from `end` on, because entries are read one item ahead.
     """
     valid = item < end
     part = item % PARTS
@@ -229,7 +229,7 @@ def _entry(blocks, order, item, end, STEP: tl.constexpr, PARTS: tl.constexpr, GR
     return number, part, step, tl.load(block + 2, mask=valid, other=0), tl.load(block + 3, mask=valid, other=0)
 
 
-# Layers have many different sizes, and the compiler makes no better code from any of these: one kernel serves all.
+# Layers have many different sizes, and knowing these would not give better code: one kernel serves all.
 _SIZES = ["images", "source_rows", "source_cols", "out_rows", "out_cols", "lists", "tiles", "group"]
 _SIZES += ["row_factor", "row_shift", "col_factor", "col_shift", "tile_rows", "tile_cols"]
 _GEOMETRY = ["stride_h", "stride_w", "pad_h", "pad_w", "dilation_h", "dilation_w"]
@@ -321,8 +321,8 @@ def convolve_kernel(
     weight_offsets = weight_rows[:, None] * BLOCK_IN + weight_cols[None, :]
     part_offset: tl.constexpr = STEP * BLOCK_IN if GRADIENT else STEP
 
-    # wgmma takes 64 rows of its first operand at a time, and reads less from shared memory the wider the second one is.
-    # So with 64 channels the pixels are the second operand.
+    # wgmma takes 64 rows of its first operand at a time. The wider the second operand is, the less it reads from shared
+    # memory. So with 64 channels the pixels are the second operand.
     acc = tl.zeros((PIXELS, WRITTEN) if PIXELS_FIRST else (WRITTEN, PIXELS), tl.float32)
     start = tl.load(row + 1) * PARTS
     end = tl.load(row + 2) * PARTS
@@ -355,31 +355,13 @@ def convolve_kernel(
     y = acc if PIXELS_FIRST else acc.T
     out_h = h * stride_h + phase_h if GRADIENT else h
     out_w = w * stride_w + phase_w if GRADIENT else w
-    k = tl.multiple_of(tl.load(row), WRITTEN) + tl.arange(0, WRITTEN)
-    valid = k < out_channels
     pixel_at = image.to(tl.int64) * image_step + out_h.to(tl.int64) * row_step + out_w.to(tl.int64) * col_step
-    at = pixel_at[:, None] + (k.to(tl.int64) * channel_step)[None, :]
     exist = (image < images) & (out_h < out_rows) & (out_w < out_cols)
-    mask = exist[:, None] & valid[None, :]
-    # The bytes of the bits: with those, the channels of a pixel lie beside each other.
-    byte = tl.load(row) // 8 + tl.arange(0, WRITTEN // 8)
-    bytes_at = (pixel_at // 8)[:, None] + byte[None, :]
-    bytes_mask = exist[:, None] & (byte * 8 < out_channels)[None, :]
-    if scale is not None:
-        y *= tl.load(scale + k, mask=valid, other=0.0).to(tl.float32)[None, :]
-    if bias is not None:
-        y += tl.load(bias + k, mask=valid, other=0.0).to(tl.float32)[None, :]
-    if residual is not None:
-        y += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
-    if RELU:
-        y = tl.where(y < 0, 0.0, y)  # NaN stays
-    if gate is not None:
-        if gate.dtype.element_ty == tl.uint8:
-            y = tl.where(unpacked(tl.load(gate + bytes_at, mask=bytes_mask, other=0), True, PIXELS, WRITTEN), y, 0.0)
-        else:
-            y = tl.where(tl.load(gate + at, mask=mask, other=0.0) <= 0, 0.0, y)
-    result = y.to(output.dtype.element_ty)
-    if gate_out is not None:
-        bits = packed((result > 0) | (result != result), True, PIXELS, WRITTEN)  # NaN passes
-        tl.store(gate_out + bytes_at, bits.to(tl.uint8), mask=bytes_mask)
-    tl.store(output + at, result, mask=mask)
+    first_channel = tl.multiple_of(tl.load(row), WRITTEN)
+    store_with_epilogue(
+        *(y, pixel_at, exist, first_channel, out_channels, channel_step),
+        *(output, scale, bias, residual, gate, gate_out),
+        RELU,
+        PIXELS,
+        WRITTEN,
+    )

@@ -47,7 +47,7 @@ def _erk(shapes: Mapping[str, torch.Size], density: float) -> dict[str, float]:
         remaining = {name: shape for name, shape in shapes.items() if name not in whole}
         weights_left = budget - sum(shapes[name].numel() for name in whole)
         scale = weights_left / sum(sum(shape) for shape in remaining.values()) if remaining else 0.0
-        densities = {name: scale * sum(shape) / shape.numel() for name, shape in remaining.items()}
+        densities = {name: scale * sum(shape) / max(1, shape.numel()) for name, shape in remaining.items()}
         over = {name for name, shape in remaining.items() if scale * sum(shape) > shape.numel()}
         if not over:
             return dict.fromkeys(whole, 1.0) | densities

@@ -1,4 +1,4 @@
-"""Blocks of weights: which block shapes exist, which a mask obeys, and the grid of blocks of a weight.
+"""Blocks of weights: the block shapes, the largest one that a mask obeys, and a weight's grid of blocks.
 
 A block shape is (bo, bi, br, bs): output channels, input channels, filter rows and filter columns. Blocks at the edge
 of a weight are smaller.
@@ -28,15 +28,15 @@ SUPPORTED_BLOCKS: tuple[tuple[int | str, ...], ...] = (
 )
 """The block shapes that `largest_block` looks for; R and S stand for height and width of the filter.
 
-Kernels use others too, such as (64, 32) on a GPU or (2, 2, 3, 3), where `block` names them.
+Kernels also support others, such as (64, 32) on a GPU or (2, 2, 3, 3), if `block` names them.
 """
 
 STRUCTURES = ("filter", "channel")
-"""The names of blocks whose size depends on the layer: what writes an output channel, or reads an input channel."""
+"""Names of blocks whose size depends on the layer: all weights of a filter, or all that read an input channel."""
 
 
 def check_structure(block: Sequence[int] | str) -> Block | str:
-    """Complete a block shape as `check_block` does; raises ValueError for a name that is no structure's."""
+    """Complete a block shape as `check_block` does; raises ValueError for a name that is not in `STRUCTURES`."""
     if not isinstance(block, str):
         return check_block(block)
     if block not in STRUCTURES:
@@ -45,7 +45,7 @@ def check_structure(block: Sequence[int] | str) -> Block | str:
 
 
 def block_in(layer_shape: Sequence[int], block: Block | str, groups: int = 1) -> Block:
-    """Return the block shape that a block or structure has in a convolution or linear layer, which may be smaller.
+    """Return the shape that a block or structure has in a convolution or linear layer; small layers cut it.
 
     Examples:
         >>> block_in((16, 4, 3, 3), "filter"), block_in((16, 4, 3, 3), "channel", groups=2)
@@ -58,18 +58,18 @@ def block_in(layer_shape: Sequence[int], block: Block | str, groups: int = 1) ->
     filters, channels, height, width = shape
     if block == "filter":
         return 1, channels, height, width
-    return filters // groups, 1, height, width  # an input channel is read by the filters of one group
+    return filters // groups, 1, height, width  # only the filters of one group read an input channel
 
 
 def largest_block(mask: Tensor, candidates: Sequence[Sequence[int | str]] = SUPPORTED_BLOCKS) -> Block:
     """Return the candidate block with the most elements that a mask obeys, that is, keeps or prunes as a whole.
 
     Args:
-        mask: bool tensor [K, C/groups, R, S], or [K, C] of a linear layer, which counts as [K, C, 1, 1].
+        mask: bool tensor [K, C/groups, R, S], or [K, C] for a linear layer, which counts as [K, C, 1, 1].
         candidates: blocks (bo, bi) or (bo, bi, br, bs); "R" and "S" stand for height and width of the filter.
 
     Returns:
-        The block as (bo, bi, br, bs); (1, 1, 1, 1), which every mask obeys, if it obeys no candidate.
+        The block as (bo, bi, br, bs); if the mask obeys no candidate, (1, 1, 1, 1), which every mask obeys.
 
     Raises:
         TypeError: if the mask is not a bool tensor.
@@ -117,7 +117,7 @@ def block_sums(values: Tensor, block: Sequence[int]) -> Tensor:
 
 def block_sizes(shape: Sequence[int], block: Sequence[int]) -> Tensor:
     """Return the number of elements of each block, int64 of shape `grid_shape(shape, block)`."""
-    if all(length % size == 0 for length, size in zip(shape, block, strict=True)):  # one number, without a copy of it
+    if all(length % size == 0 for length, size in zip(shape, block, strict=True)):  # one number, expanded
         return torch.tensor(math.prod(block), device="cpu").expand(grid_shape(shape, block))
     sizes = torch.ones(1, dtype=torch.int64, device="cpu")
     for length, size in zip(shape, block, strict=True):
@@ -128,5 +128,5 @@ def block_sizes(shape: Sequence[int], block: Sequence[int]) -> Tensor:
 
 
 def conv_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    """Return the shape of a weight as that of a convolution: [K, C] of a linear layer becomes [K, C, 1, 1]."""
+    """Return the shape of a weight as a convolution's: [K, C] of a linear layer becomes [K, C, 1, 1]."""
     return (*shape, 1, 1)[:4]

@@ -1,6 +1,6 @@
-"""`permute_channels`: an order of channels that keeps a model's function and puts more of the scores in whole blocks.
+"""`permute_channels`: reorder channels to put more of the scores into whole blocks, without changing the function.
 
-It costs no time when the model runs: layers pass their channels on in the new order.
+It costs no time when the model runs: each layer outputs its channels in the new order.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sparse_adv.masks.same_function import check_same_function
 from sparse_adv.ops.masked_conv2d_mask import check_block
 
 _SOFT_ROUNDS, _SOFT_POWER = 4, 4
-"""In the first 4 rounds each block counts with the 4th power of its mean squared score, later only the blocks kept.
+"""In the first 4 rounds each block counts by the 4th power of its mean squared score; later only kept blocks count.
 
 Mean relative gain of retained score over 20 cases: 2.9 % without these rounds, 3.1 / 3.5 / 3.6 / 3.6 % with power
 1 / 2 / 4 / 6, 3.6 % with 8 rounds.
@@ -103,27 +103,28 @@ def permute_channels(
     density: float,
     block: Sequence[int],
     example_input: Sequence[int] | Tensor,
+    *,
     scope: str = "global",
     score: str | Score = "magnitude",
     exclude: Collection[str] = (),
     linear: bool = False,
 ) -> ChannelPermutation:
-    """Find a permutation of channels with which the blocks that `prune` keeps contain more of the squared scores.
+    """Find a permutation of channels that brings more of the squared scores into the blocks that `prune` keeps.
 
-    All layers of a dependency group are permuted alike, those joined by residual sums included, so that the model's
-    function does not change. The model is not changed either: call `apply(model)` on the result, then
-    `prune(model, density, block, ...)`. If training restarts from earlier weights, permute these too, with
-    `apply(earlier_model)` or `permute_state_dict(earlier_state_dict)`.
+    All layers of a dependency group, including those joined by residual sums, are permuted alike, so the model's
+    function does not change. The model is not changed either: call `apply(model)` on the result, then `prune(model,
+    density, block, ...)`. If training restarts from earlier weights, permute these too, with `apply(earlier_model)` or
+    `permute_state_dict(earlier_state_dict)`.
 
-    The search first sorts the channels of each group by score. Then it reassigns the channels of one group after the
-    other to blocks, so that the score in the currently kept blocks is maximal, until a round gains nothing: a local
-    optimum. The same model gives the same result. How much is gained depends on the structure of the weights; weights
-    without any structure gain little.
+    The search first sorts the channels of each group by score. Then, one group after the other, it reassigns the
+    channels to blocks so that the score in the currently kept blocks is maximal. It ends when a round gains nothing, at
+    a local optimum. The same model gives the same result. The gain depends on the structure of the weights; weights
+    without structure gain little.
 
     Args:
         model: any module that torch.fx can trace, dense or sparse.
-        density, scope, score, exclude, linear: as they will be given to `prune`. A score function must depend only on
-            the weight's values, so that scores are permuted with the weight.
+        density, scope, score, exclude, linear: as they will be given to `prune`. A score function must depend on the
+            weight's values alone, so that scores are permuted with the weight.
         block: `(bo, bi)` or `(bo, bi, br, bs)`, as it will be given to `prune`.
         example_input: a batch of the model's input, or the shape [N, C, H, W] of one.
 
@@ -133,7 +134,7 @@ def permute_channels(
 
     Raises:
         ValueError: if an argument is out of range, a score is NaN, negative or infinite or has a wrong shape, torch.fx
-            cannot trace the model, or the permuted model computes something else, on the example input.
+            cannot trace the model, or the permuted model's output on the example input differs.
 
     Source: Pool and Yu, "Channel permutations for N:M sparsity" (NeurIPS 2021; NVIDIA ASP), for permutations absorbed
     by the neighbouring layers; Huang et al., "Shfl-BW" (DAC 2022, arXiv 2203.05016), for shuffled block-wise pruning.
@@ -171,7 +172,7 @@ def _check(permutation: ChannelPermutation, model: nn.Module, example_input: Seq
     with torch.no_grad():
         for tensor in (*before.parameters(), *before.buffers()):
             if tensor.dim() == 1 and tensor.is_floating_point():
-                # A BatchNorm or bias as it was made is the same for all channels and would show no wrong order.
+                # A new BatchNorm or bias is the same for all channels and would not show a wrong order.
                 tensor.copy_(torch.rand(tensor.shape, generator=generator, device="cpu") + 0.5)
     after = copy.deepcopy(before)
     permutation.apply(after)
@@ -179,7 +180,7 @@ def _check(permutation: ChannelPermutation, model: nn.Module, example_input: Seq
 
 
 def _members(group: DependencyGroup) -> Iterator[tuple[str, int, int]]:
-    """Yield each module of a group, the dimension of its tensors that has the channels, and features per channel."""
+    """Yield each module of a group, the dimension of its tensors that holds the channels, and features per channel."""
     for name, features in group.consumers:
         yield name, 1, features
     for name in (*group.producers, *group.depthwise):
@@ -207,7 +208,7 @@ class _Search:
             squares = candidates.scores(name).square().reshape(conv_shape(shape))
             if not squares.isfinite().all():
                 raise ValueError(f"score of {name!r} must have finite squares, got one of {float(squares.max())}")
-            # Permutations do not move taps: those of one block are added up, one number per pair of channels.
+            # Permutations do not move taps, so the taps of a block are added up to one number per pair of channels.
             self.squares[name] = _taps_first(block_sums(squares, (1, 1, *block[2:])))
             self.sizes[name] = _taps_first(block_sizes(conv_shape(shape), block))
         self.sums = {name: self._block_sums(name) for name in self.squares}
@@ -246,7 +247,7 @@ class _Search:
         return sum(float(self.sums[name][kept].sum()) for name, kept in self._kept_blocks().items()) / self.total
 
     def _soft_weights(self) -> dict[str, Tensor]:
-        """Weights of blocks before any is pruned: a power of the mean squared score, so that large blocks grow."""
+        """Weights of blocks before any are pruned: a power of the mean squared score, so that large blocks grow."""
         means = {name: sums / self.sizes[name] for name, sums in self.sums.items()}
         # Relative to the largest mean, because the power of a very small number would be 0.
         unit = max((float(mean.max()) for mean in means.values()), default=0.0) or 1.0
@@ -265,7 +266,7 @@ class _Search:
         gain = torch.zeros(group.width, slots, dtype=torch.float64, device="cpu")
         for name, dim, features in self._scored_members(group):
             size = self.block[dim]
-            if features > 1 or size == 1:  # blocks of one channel move with it, so that nothing is gained
+            if features > 1 or size == 1:  # blocks of one channel move with it: nothing to gain
                 continue
             across = block_sums(self.squares[name], (1, 1, self.block[1]) if dim == 0 else (1, self.block[0], 1))
             equation = "tkc,tbc->kb" if dim == 0 else "tkc,tkb->cb"
@@ -297,7 +298,7 @@ def assign(gain: Tensor, slot_size: int) -> Tensor:
         slot_size: number of items in each slot; the last slot has fewer if the items do not fill it.
 
     Returns:
-        int64 [items], the item at each position; positions slot_size * s and following are those of slot s.
+        int64 [items], the item at each position; slot s begins at position slot_size * s.
     """
     items, slots = gain.shape
     order = torch.arange(items, device="cpu")

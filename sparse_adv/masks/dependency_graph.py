@@ -1,8 +1,8 @@
 """Dependency groups of a model: the channels of all layers that must be removed or permuted together.
 
-A residual sum adds channel i to channel i. So the convolutions before it must number their channels in the same way,
-and so must all layers that read the sum. Removing or permuting channels leaves the model's function unchanged only if
-it is done in a whole group. The words are those of Fang et al., "DepGraph: towards any structural pruning" (CVPR 2023).
+A residual sum adds channel i to channel i. So the convolutions before it and all layers that read the sum must number
+their channels in the same way. Removing or permuting channels leaves the model's function unchanged only if it is done
+in a whole group. The terms are from Fang et al., "DepGraph: towards any structural pruning" (CVPR 2023).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class Member(NamedTuple):
-    """A module that reads a group's channels; after flattening, each channel is `features` (pixels) inputs in a row."""
+    """A module that reads a group's channels; after flattening a channel is `features` (pixels) consecutive inputs."""
 
     name: str
     features: int = 1
@@ -32,7 +32,7 @@ class Member(NamedTuple):
 
 @dataclass(frozen=True)
 class DependencyGroup:
-    """Channels that several modules, given by name, number in the same order; `dependency_groups` returns them.
+    """Channels that several modules, given by name, have in the same order; `dependency_groups` returns such groups.
 
     Examples:
         >>> from sparse_adv import masks
@@ -53,7 +53,7 @@ class DependencyGroup:
     consumers: tuple[Member, ...]
     """Convolutions and linear layers that read the channels: dimension 1 of the weight."""
     fixed: str
-    """Why number and order of the channels must not change; empty if they may."""
+    """Why the number and order of the channels must not change; empty if they may."""
 
 
 @dataclass
@@ -75,12 +75,12 @@ def dependency_groups(model: nn.Module, example_input: Sequence[int] | Tensor) -
     convolutions that are not depthwise, and in layers that share a weight; a log message says why.
 
     Args:
-        model: any module that torch.fx can trace, dense or sparse; it runs one forward pass in eval mode. All arguments
-            but its first keep their defaults.
+        model: any module that torch.fx can trace, dense or sparse; it runs one forward pass in eval mode. All its
+            arguments except the first keep their defaults.
         example_input: a batch of its input, or the shape [N, C, H, W] of one.
 
     Returns:
-        The groups, in the order in which the model runs through them.
+        The groups, in the order in which the model uses them.
 
     Raises:
         ValueError: if torch.fx cannot trace the model; the message names the module.
@@ -101,7 +101,7 @@ def dependency_groups(model: nn.Module, example_input: Sequence[int] | Tensor) -
 
 
 def check_traceable(model: nn.Module) -> None:
-    """Raise ValueError if torch.fx cannot trace a model, as `dependency_groups` does; no image is needed for that."""
+    """Raise ValueError if torch.fx cannot trace a model, as `dependency_groups` does; this needs no image."""
     with evaluating(model):
         _trace(model)
 
@@ -120,7 +120,7 @@ def _trace(model: nn.Module) -> fx.Graph:
     tracer = _Tracer()
     try:
         return tracer.trace(model)
-    except Exception as error:  # the model's own code may raise anything when it gets a proxy instead of a tensor
+    except Exception as error:  # given a proxy instead of a tensor, the model's own code may raise anything
         raise ValueError(f"torch.fx cannot trace {tracer.place}: {error}") from error
 
 
@@ -137,7 +137,7 @@ class _Tracer(Tracer):
 
 
 class _Axis(NamedTuple):
-    """Dimension 1 of an activation: the number of a group, and how many features in a row each channel has."""
+    """Dimension 1 of an activation: the number of a group, and how many consecutive features each channel has."""
 
     group: int
     features: int
@@ -177,7 +177,7 @@ class _Interpreter(fx.Interpreter):
         return value
 
     def groups(self) -> Iterator[DependencyGroup]:
-        """Yield the groups in the order in which the model runs through them."""
+        """Yield the groups in the order in which the model uses them."""
         roots = {self._root(group): None for group in range(len(self._parents))}
         for root in roots:
             members = [key for key, group in self._members.items() if self._root(group) == root]
@@ -235,13 +235,13 @@ class _Interpreter(fx.Interpreter):
             self._fix([*other_axes, *axes], f"{name} and {other} share a parameter")
 
     def _elementwise(self, n: fx.Node, value: Tensor, axes: list[_Axis]) -> _Axis:
-        """Merge the groups of all operands; fix the channels if an operand is broadcast or is no activation."""
+        """Merge the groups of all operands; fix the channels if an operand is broadcast or not an activation."""
         same = []
         for source in n.all_input_nodes:
             shape = self.result.shapes.get(source)
             if shape is None or source not in self._axes:
                 operand = self.env.get(source)
-                # Numbers and tensors that are no activations: they may have been computed from the number of channels.
+                # Numbers, and tensors that are not activations, may have been computed from the number of channels.
                 if shape is not None or not isinstance(operand, Tensor) or operand.numel() > 1:
                     self._fix(axes, f"{n.name} combines them with {source.name}")
             elif len(shape) == value.dim() and shape[1] == value.shape[1]:

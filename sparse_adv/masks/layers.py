@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from difflib import get_close_matches
+from itertools import chain
 from typing import Any
 
 import torch
@@ -18,15 +19,15 @@ from sparse_adv.ops.masked_conv2d_mask import check_mask, check_shape
 
 Layer = nn.Conv2d | nn.Linear
 _METHODS = frozenset(["forward", "_conv_forward"])
-"""The methods of a module that compute its output: `forward`, and what that of a convolution calls."""
+"""The methods of a module that compute its output: `forward`, and the method that a convolution's `forward` calls."""
 _LISTED = 5
-"""The most layers that a message names."""
+"""Greatest number of layers that a message names."""
 Visit = Callable[[Any, Tensor, Tensor], None]
-"""visit(layer, input, output); the layer is a Conv2d or, if asked for, a Linear."""
+"""visit(layer, input, output); the layer is a Conv2d or, on request, a Linear."""
 
 
 def maskable(model: nn.Module, linear: bool = True) -> dict[str, Layer]:
-    """Return all Conv2d and, if `linear`, all Linear layers by name; a layer with several names has its first one.
+    """Return all Conv2d and, if `linear`, all Linear layers by name; of several names of a layer, the first counts.
 
     The output projection of `nn.MultiheadAttention` is left out: the attention reads its weight without calling it.
     """
@@ -42,7 +43,7 @@ def listed(names: Sequence[str]) -> str:
 
 
 def owners(layers: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Return, for each layer, the first one that has the same weight: a weight that layers share counts once."""
+    """Return, for each layer, the first layer that has the same weight: a weight that layers share counts once."""
     weights = {name: layer if _is_weight_computed(layer) else layer.weight for name, layer in layers.items()}
     first: dict[int, str] = {}
     return {name: first.setdefault(id(weight), name) for name, weight in weights.items()}
@@ -54,10 +55,10 @@ def _is_weight_computed(layer: nn.Module) -> bool:
 
 
 def weight_of(layer: Layer) -> Tensor:
-    """Return the weight of a layer, and leave the layer as it is.
+    """Return the weight of a layer without changing the layer.
 
-    Reading a parametrized weight runs code, which may change the model in train mode: that of `spectral_norm` makes a
-    step of its iteration.
+    Reading a parametrized weight runs code that may change the model in train mode: `spectral_norm` makes a step of its
+    iteration.
     """
     if not _is_weight_computed(layer):
         return layer.weight
@@ -66,7 +67,7 @@ def weight_of(layer: Layer) -> Tensor:
 
 
 def has_own_parameters(layer: nn.Module) -> bool:
-    """Return whether weight and bias are Parameters of this layer (or None), and not computed from something else."""
+    """Return whether weight and bias are Parameters of this layer (or None), not computed from something else."""
     return all(name in layer._parameters for name in ("weight", "bias"))
 
 
@@ -82,37 +83,37 @@ def check_initialized(name: str, module: nn.Module) -> None:
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Return whether FSDP, the first or the second, distributes the module's parameters over the processes."""
+    """Return whether FSDP1 or FSDP2 distributes the module's parameters over the processes."""
     return getattr(module, "_is_fsdp_managed_module", False)
 
 
 def check_whole(module: nn.Module) -> None:
-    """Raise TypeError if a process has a part of the module's weight."""
+    """Raise TypeError if FSDP shards the module's weight, so that a process holds only a part of it."""
     if is_sharded(module):
         raise TypeError("weight is sharded by FSDP: prune, sparsify, densify or tune the model before FSDP wraps it")
 
 
 def own_methods(module: nn.Module) -> set[str]:
-    """Return which of the methods that compute a layer's output are set on this very module."""
+    """Return the methods computing a layer's output that are set on this very module, not on its class."""
     return vars(module).keys() & _METHODS
 
 
 def computes_as(module: nn.Module, *kinds: type[nn.Module]) -> bool:
-    """Return whether a module computes what one of these classes does, but for hooks: nothing overrides its methods."""
+    """Return whether, hooks aside, a module computes what one of these classes does: nothing overrides its methods."""
     own = type(module)
     inherits = any(all(getattr(own, name, None) is getattr(kind, name, None) for name in _METHODS) for kind in kinds)
     return inherits and not own_methods(module)
 
 
 def computes_as_its_class(module: nn.Module) -> bool:
-    """Return whether this is a Conv2d or Linear, masked or not, whose forward is not overridden otherwise."""
+    """Return whether this is a Conv2d or Linear, masked or not, with a forward that is not overridden otherwise."""
     if "weight_mask" in module._buffers:
         return isinstance(module, Layer) and not own_methods(module)
     return computes_as(module, nn.Conv2d, nn.Linear)
 
 
 def modules_by_name(model: nn.Module, wanted: Iterable[str]) -> dict[str, nn.Module]:
-    """Return all modules by each of their names; raise ValueError if one of the wanted names is none of them."""
+    """Return all modules under all their names; raise ValueError if a wanted name is not among them."""
     modules = dict(model.named_modules(remove_duplicate=False))
     for name in wanted:
         if name not in modules:
@@ -128,12 +129,12 @@ def _check_fits(layer: Layer, mask: Tensor) -> None:
 def masks_by_module(
     model: nn.Module, masks: Mapping[str, Tensor], check: Callable[[Layer, Tensor], None] = _check_fits
 ) -> dict[nn.Module, Tensor]:
-    """Return the mask of each module that they name; a module of several names has one.
+    """Return the mask of each module that `masks` names; a module with several names has one mask.
 
     Args:
         model: any module.
         masks: by module name.
-        check: called with each layer and its mask, once; raises TypeError or ValueError if the mask does not fit.
+        check: called once with each layer and its mask; raises TypeError or ValueError if the mask does not fit.
 
     Raises:
         TypeError: if a mask is not a bool tensor, or is for a module that is no Conv2d or Linear.
@@ -166,7 +167,7 @@ def naming(name: str) -> Iterator[None]:
 
 
 def is_same_mask(mask: Tensor, other: Tensor) -> bool:
-    """Whether two masks are equal; without values, on the meta device, whether they are one tensor."""
+    """Whether two masks are equal; on the meta device, without values, whether they are the same tensor."""
     return mask is other or (
         mask.dtype == other.dtype and not (mask.is_meta or other.is_meta) and torch.equal(mask, other.to(mask.device))
     )
@@ -179,7 +180,7 @@ def unknown_module(name: str, known: Iterable[str]) -> str:
 
 
 def parameter_of(module: str, parameter: str = "weight") -> str:
-    """Return the name of a module's parameter in the model's state dict; the model itself has the module name ""."""
+    """Return the name of a module's parameter in the model's state dict; the model's own module name is ""."""
     return f"{module}.{parameter}" if module else parameter
 
 
@@ -219,7 +220,7 @@ def run_once(
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """No gradients, no compiled code, and eval mode of all modules, each of which then gets back its own mode."""
+    """A context without gradients and compiled code, in eval mode; afterwards each module has its own mode again."""
     modes = {each: each.training for each in module.modules()}
     try:
         module.eval()
@@ -231,8 +232,8 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def _uncompiled() -> AbstractContextManager[None]:
-    """A context in which compiled models run as they were written; else they would be compiled again with the hooks."""
-    # Where torch.compile was not called, its package is not imported, which takes 2 s.
+    """A context in which compiled models run uncompiled; else they would be compiled again because of the hooks."""
+    # If torch.compile was not called, do not import its package: that takes 2 s.
     is_imported = "torch._dynamo" in sys.modules
     return torch.compiler.set_stance("force_eager") if is_imported else nullcontext()
 
@@ -242,8 +243,13 @@ def uses(layer: Layer, output: Tensor) -> int:
     return output.numel() // max(1, layer.weight.shape[0])
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of the model's first parameter or buffer; the CPU if it has neither."""
+    return next(chain(model.parameters(), model.buffers()), torch.empty(0, device="cpu")).device
+
+
 def as_input(model: nn.Module, example_input: Sequence[int] | Tensor) -> Tensor:
-    """Return a batch as it is, and noise for the shape [N, C, H, W] of one."""
+    """Return a batch unchanged, or noise for the shape [N, C, H, W] of a batch."""
     return example_input if isinstance(example_input, Tensor) else _noise(model, example_input)
 
 

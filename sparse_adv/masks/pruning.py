@@ -34,7 +34,7 @@ from sparse_adv.ops.masked_conv2d_mask import check_mask, expand_blocks
 log = logging.getLogger(__name__)
 
 _NEVER_MASKED = (nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-"""Layers with weights that one may expect to be pruned, and that have no masked form."""
+"""Layers that one may expect to be pruned but that have no masked form."""
 
 Score = Callable[[str, Tensor], Tensor]
 """score(module name, weight) -> scores of the weight's shape, at least 0."""
@@ -59,6 +59,7 @@ def prune(
     model: nn.Module,
     density: float = 0.1,
     block: Sequence[int] | str = (1, 1),
+    *,
     scope: str = "global",
     score: str | Score = "magnitude",
     exclude: Collection[str] = (),
@@ -69,11 +70,12 @@ def prune(
     """Return masks that keep the weights with the highest scores, a fraction `density` of all.
 
     Candidates are all Conv2d weights and, with `linear=True`, all Linear weights; biases and normalisation are never
-    pruned, nor are layers of a subclass with a forward of its own or with a weight that is computed from something else
-    (`torch.nn.utils.prune`, `parametrize`), which is logged; so is it if linear layers that stay dense hold more than
-    half of the weights, as in a vision transformer. The model is not changed; `sparse_adv.sparsify(model, masks)`
-    applies the masks. For the masks of boosting tickets (Li et al. 2020, as in their code) pass `density=0.2,
-    scope="global", score="relative_magnitude", linear=True`, the defaults of `PruneConfig`.
+    pruned. Nor are layers of a subclass with its own forward, or with a weight that is computed from something else
+    (`torch.nn.utils.prune`, `parametrize`); a log message names these. Another one tells if linear layers that stay
+    dense hold more than half of the weights, as in a vision transformer. The model is not changed;
+    `sparse_adv.sparsify(model, masks)` applies the masks. For the masks of boosting tickets (Li et al. 2020, as in
+    their code) pass `density=0.2, scope="global", score="relative_magnitude", linear=True`, the defaults of
+    `PruneConfig`.
 
     Args:
         model: any module, dense or sparse.
@@ -81,13 +83,13 @@ def prune(
         block: `(bo, bi)` or `(bo, bi, br, bs)`: the weights of each block of bo output channels, bi input channels, br
             filter rows and bs filter columns are kept or pruned together, ranked by the mean square of their scores. A
             linear layer's weight [K, C] counts as [K, C, 1, 1]. "filter": all weights of an output channel form a
-            block; "channel": all weights that read an input channel, of grouped convolutions those of one group of
-            filters. `nn.shrink` removes pruned filters and channels; in a trained network BatchNorm's biases keep most
-            of them, unless `nn.zero_dead_channels` comes first.
-        scope: how the weights kept are distributed over layers. "global": one ranking of all weights. "uniform": the
-            same density in each layer. "erk" (Erdos-Renyi-kernel): density of each layer proportional to
-            (K + C + R + S) / (K C R S), for linear layers (K + C) / (K C), but at most 1. "igq" (ideal gas quotas): of
-            the n weights of a layer, n / (1 + f n) are kept, with one f for all layers.
+            block; "channel": all weights that read an input channel (in a grouped convolution, those of one group of
+            filters). `nn.shrink` removes pruned filters and channels. In a trained network, BatchNorm's biases prevent
+            that for most of them, unless `nn.zero_dead_channels` is called first.
+        scope: how the kept weights are distributed over layers. "global": one ranking of all weights. "uniform": the
+            same density in each layer. "erk" (Erdos-Renyi-kernel): the density of each layer is proportional to (K + C
+            + R + S) / (K C R S), for linear layers (K + C) / (K C), but at most 1. "igq" (ideal gas quotas): a layer of
+            n weights keeps n / (1 + f n) of them, with one f for all layers.
         score: "magnitude": |w|. "relative_magnitude": |w| / (mean |w| of the layer). Or a function of (module name,
             weight) that returns a tensor of the weight's shape without negative values.
         exclude: names of convolutions and linear layers that are not candidates and get no mask.
@@ -95,13 +97,13 @@ def prune(
         example_input: only with block="filter": a batch of the model's input, or the shape [N, C, H, W] of one. Filters
             whose outputs are added in a residual sum are then kept or pruned together (see `dependency_groups`), so
             that the sum gets fewer channels too. None ranks each filter by itself.
-        within: masks of an earlier pruning by module name. A block of which they prune a weight is not kept, whatever
-            its score; so the masks may keep fewer weights than `density` asks for.
+        within: masks of an earlier pruning by module name. A block in which they prune a weight is not kept, whatever
+            its score is. So the masks may keep fewer weights than `density` asks for.
 
     Returns:
-        For each candidate a bool mask with shape and device of its weight. They keep `round(density * n)` of n weights,
-        over the whole model ("global") or in each layer, as nearly as whole blocks allow. Among equal scores, the first
-        in the order of modules, then of indices, is kept.
+        For each candidate a bool mask with the shape and device of its weight. The masks keep `round(density * n)` of n
+        weights, over the whole model ("global") or in each layer, as nearly as whole blocks allow. Among equal scores,
+        the first in the order of modules, then of indices, are kept.
 
     Raises:
         TypeError: if a mask in `within` is not a bool tensor, or a weight is sharded by FSDP.
@@ -136,7 +138,7 @@ def prune(
         scores, sizes = _joint_scores(scores, sizes, first_of_group)
         targets = _joint_targets(targets, first_of_group)
     pruned = _pruned_before(model, within or {}, candidates, blocks, first_of_group)
-    # Kept weights can be 0 too, so those that were pruned rank after them.
+    # Kept weights can be 0 too, so weights that were pruned rank after them.
     scores |= {name: scores[name].masked_fill(before, -1) for name, before in pruned.items()}
     kept_blocks = select_blocks(scores, sizes, targets)
     kept_blocks |= {name: kept_blocks[name] & ~before for name, before in pruned.items()}
@@ -159,7 +161,7 @@ class Candidates:
 
     weights: dict[str, Tensor]
     owner: dict[str, str]
-    """The first layer with the same weight, for each layer: a shared weight is counted and ranked once."""
+    """For each layer, the first layer with the same weight: a shared weight is counted and ranked once."""
     shapes: dict[str, torch.Size]
     """Shapes of the weights that are ranked, by their owner."""
     targets: dict[tuple[str, ...], int]
@@ -221,7 +223,7 @@ class Candidates:
 
 
 def _tell_others(model: nn.Module, candidates: Mapping[str, Layer]) -> set[str]:
-    """Return the candidates that `sparsify` refuses, and log their names and those of convolutions of other kinds."""
+    """Return the candidates that `sparsify` refuses; log their names and the names of convolutions of other kinds."""
     own_forward = [name for name, layer in candidates.items() if not computes_as_its_class(layer)]
     computed = [name for name, layer in candidates.items() if not has_own_parameters(layer) and name not in own_forward]
     others = [name for name, module in model.named_modules() if isinstance(module, _NEVER_MASKED)]
@@ -232,7 +234,7 @@ def _tell_others(model: nn.Module, candidates: Mapping[str, Layer]) -> set[str]:
     }
     told = "; ".join(f"as {reason}: {', '.join(names)}" for reason, names in reasons.items() if names)
     if told:
-        # Convolutions of other kinds alone are a fact about the network, of which nobody may have asked.
+        # If there are only convolutions of other kinds, no warning: nobody may have expected them to be pruned.
         log.log(logging.WARNING if own_forward or computed else logging.INFO, "not pruned, %s", told)
     return {*own_forward, *computed}
 
@@ -242,7 +244,7 @@ def _can_be_masked(layer: Layer) -> bool:
 
 
 def _tell_share(shapes: Mapping[str, torch.Size], layers: Sequence[Layer]) -> None:
-    """Log it if the weights that are ranked are less than half of those that `linear=True` would rank."""
+    """Log a warning if the ranked weights are less than half of those that `linear=True` would rank."""
     known = [layer for layer in layers if _can_be_masked(layer) and not is_uninitialized(layer)]
     total = sum({id(layer.weight): layer.weight.numel() for layer in known}.values())
     ranked = sum(shape.numel() for shape in shapes.values())
@@ -269,7 +271,7 @@ def _layers_of(exclude: Collection[str], model: nn.Module) -> set[nn.Module]:
 def select_blocks(
     scores: Mapping[str, Tensor], sizes: Mapping[str, Tensor], targets: Mapping[tuple[str, ...], int]
 ) -> dict[str, Tensor]:
-    """Select the blocks with the highest scores so that the number of their weights is as near the target as possible.
+    """Select the blocks with the highest scores, so that the number of their weights is as near the target as possible.
 
     Args:
         scores: score of each block, by layer; all on one device.
@@ -291,9 +293,9 @@ def select_blocks(
 
 
 def _highest(scores: Tensor, sizes: Tensor, target: int) -> Tensor:
-    """Flags of the highest scores whose sizes add up to as near the target as possible; tensors of one dimension."""
+    """True for the highest scores whose sizes add up nearest to the target; tensors of one dimension."""
     size = int(sizes[0]) if len(sizes) else 1
-    if bool((sizes == size).all()):  # then a threshold will do: with single weights it takes a third of the time
+    if bool((sizes == size).all()):  # then a threshold is enough: for single weights it takes a third of the time
         count = min((2 * target + size - 1) // (2 * size), len(scores))
         return smallest(-scores, torch.ones_like(scores, dtype=torch.bool), count)
     order = scores.argsort(descending=True, stable=True)
@@ -314,9 +316,9 @@ def _pruned_before(
     blocks: Mapping[str, Sequence[int]],
     first_of_group: Mapping[str, str],
 ) -> dict[str, Tensor]:
-    """The blocks of which earlier masks prune a weight, by the layer that they are ranked with.
+    """The blocks in which earlier masks prune a weight, by the layer that they are ranked with.
 
-    Masks of layers that are no candidates count for nothing.
+    Masks of layers that are not candidates have no effect.
     """
     names = dict(model.named_modules(remove_duplicate=False))
     for name in within:
@@ -338,7 +340,7 @@ def _pruned_before(
 
 
 def _block_scores(scores: Tensor, block: Sequence[int]) -> Tensor:
-    """The root mean square of each block's scores; for single weights the scores themselves, which rank the same."""
+    """The root mean square of each block's scores; for single weights the scores, because they rank the same."""
     scores = scores.reshape(conv_shape(scores.shape))
     if math.prod(block) == 1:
         return scores
@@ -380,6 +382,6 @@ def _joint_scores(
     joint_sizes = {first: torch.stack([sizes[name] for name in names]).sum(0) for first, names in groups.items()}
     for first, names in groups.items():
         squares = torch.stack([scores[name].square() * sizes[name] for name in names])
-        # A single layer keeps its own scores, without the rounding of squaring and taking the root.
+        # A single layer keeps its own scores, so that squaring and taking the root does not round them.
         joint_scores[first] = scores[first] if len(names) == 1 else (squares.sum(0) / joint_sizes[first]).sqrt()
     return joint_scores, joint_sizes

@@ -66,13 +66,13 @@ def save_ticket(path: str | os.PathLike[str], ticket: Ticket) -> None:
 
     Args:
         path: the file, by convention *.safetensors.
-        ticket: the ticket; its state dict must have the weight of each mask. It may be that of a sparse model, whose
-            masks are then left out.
+        ticket: the ticket; its state dict must have the weight of each mask. If it is a sparse model's, the masks in it
+            are left out.
 
     Raises:
         TypeError: if a mask is not a bool tensor.
-        ValueError: if a mask has no weight of its shape in the state dict, that is of a sparse model with other masks
-            or holds something else than tensors, or the provenance is not JSON data.
+        ValueError: if a mask has no weight of its shape in the state dict, the state dict holds other masks or
+            something that is not a tensor, or the provenance is not JSON data.
 
     Examples:
         >>> import tempfile
@@ -151,7 +151,7 @@ def load_ticket(path: str | os.PathLike[str]) -> Ticket:
 
 
 def check_masks_fit(masks: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) -> None:
-    """Raise TypeError or ValueError unless a state dict is of tensors and has, for each mask, a weight of its shape."""
+    """Raise TypeError or ValueError unless a state dict holds only tensors, with a weight of each mask's shape."""
     for key, value in state_dict.items():
         if not isinstance(value, Tensor):
             raise ValueError(f"state_dict must hold tensors alone, got {key!r}, a {type(value).__name__}")
@@ -167,8 +167,20 @@ def check_masks_fit(masks: Mapping[str, Tensor], state_dict: Mapping[str, Tensor
             )
 
 
+def check_finite(masks: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) -> None:
+    """Raise ValueError if a weight or bias has a value, outside of what the masks prune, that is not finite."""
+    mask_of = {parameter_of(name): mask for name, mask in masks.items()}
+    for key, value in state_dict.items():
+        name = key.rpartition(".")[2]
+        is_bias = name == "bias" and value.dim() == 1  # others mask the scores of an attention, by -inf
+        if (name == "weight" or is_bias) and value.is_floating_point():
+            finite = (value.float() if value.element_size() == 1 else value).isfinite()  # of float8 it is not defined
+            if not (finite | ~mask_of[key].to(finite.device) if key in mask_of else finite).all():
+                raise ValueError(f"{key!r} has values that are not finite")
+
+
 def of_dense_model(masks: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the state dict without buffers `weight_mask`: a sparse model has them, a dense one does not load them.
+    """Return the state dict without buffers `weight_mask`: a sparse model has them, but a dense one cannot load them.
 
     Raises:
         ValueError: if one of them is not the mask in `masks`.
@@ -184,7 +196,7 @@ def of_dense_model(masks: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]
 
 
 def independent_copies(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copy tensors to the CPU, each into memory of its own: safetensors cannot write tensors that share memory."""
+    """Copy tensors to the CPU, each into its own memory: safetensors cannot write tensors that share memory."""
     return {key: value.detach().cpu().contiguous().clone() for key, value in state_dict.items()}
 
 
@@ -198,7 +210,7 @@ def _default_provenance(masks: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _unpack(packed: Tensor, shape: object) -> Tensor:
-    # The shapes are not part of the checksum: a size that the bits do not have would be allocated.
+    # The shapes are not part of the checksum: a wrong, huge shape would be allocated.
     if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
         raise ValueError(f"a mask's shape must be a list of sizes, got {shape!r:.80}")
     if packed.dtype != torch.uint8 or packed.numel() != -(-math.prod(shape) // 8):

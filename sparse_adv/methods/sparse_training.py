@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparse_adv.argument_types import checks_types
 from sparse_adv.config import MethodConfig, TrainConfig
@@ -16,15 +16,15 @@ from sparse_adv.masks import density
 from sparse_adv.masks.allocation import targets_of
 from sparse_adv.masks.blocks import block_sizes, block_sums, conv_shape
 from sparse_adv.masks.dependency_graph import check_traceable, dependency_groups
-from sparse_adv.masks.layers import listed
+from sparse_adv.masks.layers import listed, naming, owners
 from sparse_adv.methods import selection
 from sparse_adv.methods.adaptation import Adaptation
 from sparse_adv.methods.permutation import permute_before_pruning
 from sparse_adv.methods.schedule import Schedule
 from sparse_adv.methods.start import check_method, start
 from sparse_adv.nn import revive_dead_channels, sparsify
-from sparse_adv.nn.masked_layer import MaskedLayer
-from sparse_adv.ops.masked_conv2d_mask import check_block, check_obeys, expand_blocks
+from sparse_adv.nn.masked_layer import masked_layers
+from sparse_adv.ops.masked_conv2d_mask import block_grid, check_block, check_obeys, expand_blocks
 from sparse_adv.runs import EpochRecord
 from sparse_adv.training import distributed
 from sparse_adv.training.hook import UpdateHook
@@ -32,7 +32,7 @@ from sparse_adv.training.random_numbers import Stream, generator
 from sparse_adv.training.update import Updater
 
 LARGEST_MISS = 0.1
-"""Fraction of the density by which masks may miss it without a warning."""
+"""Masks may miss their density by this fraction of it without a warning."""
 
 log = logging.getLogger(__name__)
 
@@ -40,32 +40,34 @@ log = logging.getLogger(__name__)
 class SparseTraining(UpdateHook):
     """Makes a model sparse before its first update, and changes the masks as a method says.
 
-    A change drops the kept blocks of smallest magnitude, mean |w| over the block, and grows as many pruned ones: those
-    of the largest mean |dL/dw|, with the adversarial images of the update before, or random ones. Blocks are
-    ranked within a layer, or with scope "global" over all layers. The last blocks of a layer that the block does not
-    divide are smaller, so the number of its weights may change a little. gmp only drops; it counts weights, not blocks.
+    A change drops the kept blocks of smallest magnitude, the mean |w| over the block, and grows as many pruned ones:
+    those with the largest mean |dL/dw| on the adversarial images of the update before, or random ones. Blocks are
+    ranked within a layer, or with scope "global" over all layers. If the block does not divide a layer, the layer's
+    last blocks are smaller, so its number of kept weights may change a little. gmp only drops; it counts weights, not
+    blocks.
 
     Where a mask newly prunes, weight, momentum and moving average become 0; where it newly keeps, they start at 0. A
-    block that a change drops and grows again keeps them. The gradients of pruned weights are formed in the one update
-    before a change that grows by gradient, and in no other.
+    block that a change drops and grows again keeps them. The gradients of pruned weights are computed only in the one
+    update before a change that grows by gradient.
 
-    flying-bird-plus is Flying Bird until `adapt_from` of the updates; from there on `methods.Adaptation` decides how
-    many blocks a change drops and grows. At least one block is kept, and a layer that has become dense stays dense.
+    flying-bird-plus is Flying Bird for the fraction `adapt_from` of the updates; after that, `methods.Adaptation`
+    decides how many blocks a change drops and grows. At least one block is kept, and a layer that has become dense
+    stays dense.
 
     With `permute_channels` the channels are permuted once, before the first pruning of dense weights (gmp,
     `dense_epochs`), with their BatchNorm, momentum and moving average, see `masks.permute_channels`.
 
-    A model that has masks already, such as the network of a ticket, starts from those, whatever the density of the
-    configuration; its other layers stay dense. BatchNorm channels that `tickets.restore` keeps at 0, because their
-    filter has no weight, are trained again where the method may grow weights there.
+    A model that already has masks, such as the network of a ticket, starts from those, whatever density is configured;
+    its other layers stay dense. `tickets.restore` keeps BatchNorm channels at 0 if their filter has no weight; these
+    are trained again if the method may grow weights there.
 
     Args:
         config: of the method.
 
     Raises:
         ValueError: if the configuration has no method; in `training.train`, if masks of the model disobey the block,
-            or flying-bird-plus has no validation images, or an objective without attack, or `dense_epochs` are all
-            epochs, or channels are to be permuted in a model that has masks or that torch.fx cannot trace.
+            flying-bird-plus has no validation images or an objective without attack, `dense_epochs` are all epochs, or
+            channels are to be permuted in a model that has masks or that torch.fx cannot trace.
 
     Source: Chen et al., "Sparsity winning twice" (ICLR 2022), section 3 (Flying Bird, Flying Bird+); Evci et al.,
     "Rigging the lottery" (ICML 2020), section 3 (RigL); Mocanu et al., "Scalable training of artificial neural networks
@@ -73,6 +75,8 @@ class SparseTraining(UpdateHook):
     (arXiv 1710.01878; gmp). There, blocks are single weights.
 
     Examples:
+        >>> import torch
+        >>> from torch import nn
         >>> from sparse_adv import data, training
         >>> images = data.Split(torch.rand(8, 1, 4, 4), torch.arange(8) % 2)
         >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 2))
@@ -101,7 +105,8 @@ class SparseTraining(UpdateHook):
         """Changes of the masks so far."""
         self.adaptation = Adaptation() if self.wants_robust_loss else None
         self.retained: tuple[float, float] | None = None
-        """Fraction of the squared weights in the blocks kept, before and after channels were permuted; None if not."""
+        """Fraction of the squared weights in kept blocks, before and after channels were permuted; None if they were
+        not."""
 
     def check_training(self, config: TrainConfig) -> None:
         """Raise ValueError if the method needs an attack and the objective has none, or a run would end dense."""
@@ -119,26 +124,23 @@ class SparseTraining(UpdateHook):
         self.updater, self.model = updater, updater.model
         if self.config.permute_channels:
             check_traceable(self.model)
-        self.chose_masks = not _masked_layers(self.model)
-        """Whether the first masks are this method's, and not those of a ticket."""
+        self.chose_masks = not masked_layers(self.model)
+        """Whether this method made the first masks; False if they are a ticket's."""
         if self.chose_masks:
             start(self.model, self.config, updater.config.seed)
         elif "growth" not in self.config.without_effect():
             revive_dead_channels(self.model)
-        self.layers = _masked_layers(self.model)
+        self.layers = masked_layers(self.model)
         for name, layer in self.layers.items():
-            try:
+            with naming(name):
                 check_obeys(layer.weight_mask, self.block)
-            except ValueError as error:
-                raise ValueError(f"module {name!r}: {error}") from error
-        first: dict[Tensor, str] = {}
-        self.owner = {name: first.setdefault(layer.weight, name) for name, layer in self.layers.items()}
+        self.owner = owners(self.layers)
         """The owner of each layer's weight: the first layer with the same weight; only owners are ranked."""
-        self.shapes = {name: self.layers[name].weight.shape for name in first.values()}
+        self.shapes = {name: self.layers[name].weight.shape for name in dict.fromkeys(self.owner.values())}
         self.schedule = Schedule(self.config, updater.config.epochs, updater.steps_per_epoch)
         self._warn_of_no_change(updater.config.epochs * updater.steps_per_epoch)
         self.is_pruned = not self.schedule.pruned
-        """Whether the last pruning is done; a run that is extended has pruned before its new schedule says so."""
+        """Whether the last pruning is done. An extended run may have pruned before its new schedule says so."""
         if self.is_pruned:
             self._warn_of_density()
 
@@ -149,7 +151,7 @@ class SparseTraining(UpdateHook):
 
     def after_update(self, step: int, gradients: Mapping[str, Tensor]) -> bool:
         before, self.step = self.step, step
-        if before == 0 and self.config.permute_channels:  # refuse now, and not epochs later
+        if before == 0 and self.config.permute_channels:  # refuse now, not epochs later
             assert self.updater.image_shape is not None
             if not all(bool(mask.all()) for mask in self.masks().values()):
                 raise ValueError("permute_channels needs a model without masks, got one that has masks")
@@ -209,7 +211,8 @@ class SparseTraining(UpdateHook):
             self.adaptation.load_state_dict(state["adaptation"])
 
     def _warn_of_no_change(self, updates: int) -> None:
-        """Log if the masks will never change in a run of so many updates, although the method is there to do so."""
+        """Log a warning if the masks will never change in a run of this many updates, although the method should change
+        them."""
         first, last = self.schedule.first, self.schedule.last
         if self.config.method in ("static", "gmp") or self.schedule.is_due(first, updates):
             return
@@ -224,7 +227,7 @@ class SparseTraining(UpdateHook):
         )
 
     def _warn_of_density(self) -> None:
-        """Log if the masks keep far more or fewer weights than the configuration asks for."""
+        """Log a warning if the masks keep far more or fewer weights than the configuration asks for."""
         asked, got = self.config.density, density(self.masks(), self.model)
         if self.chose_masks and abs(got - asked) > LARGEST_MISS * asked:
             log.warning(
@@ -241,7 +244,7 @@ class SparseTraining(UpdateHook):
         return self.config.method == "gmp" or before < self.schedule.first <= step
 
     def _more(self, step: int) -> tuple[float, float]:
-        """Blocks that a change after this update drops and grows in addition, as fractions of those it replaces."""
+        """Additional blocks that a change after this update drops and grows, as fractions of those it replaces."""
         if self.adaptation is None or not self.schedule.adapts(step):
             return 0.0, 0.0
         return self.adaptation.more_dropped, self.adaptation.more_grown
@@ -284,20 +287,15 @@ class SparseTraining(UpdateHook):
                 masks[name] = expand_blocks(new[owner], self.block, conv_shape(shape)).reshape(shape)
         sparsify(self.model, masks, self.block, self.updater.optimizer)
         if self.updater.ema is not None:
-            averages = _masked_layers(self.updater.ema.module)
+            averages = masked_layers(self.updater.ema.module)
             for name, mask in masks.items():
                 averages[name].set_mask(mask)
 
     def _grid(self, mask: Tensor) -> Tensor:
-        """One element of each block."""
-        return mask.reshape(conv_shape(mask.shape))[tuple(slice(None, None, size) for size in self.block)].clone()
+        return block_grid(mask.reshape(conv_shape(mask.shape)), self.block).clone()
 
     def _means(self, values: Tensor) -> Tensor:
-        """The mean of absolute values over each block. By sums the smaller blocks at an edge would always lose."""
+        """The mean of absolute values over each block. With sums, the smaller blocks at an edge would always lose."""
         values = values.detach().abs().reshape(conv_shape(values.shape))
         sums = block_sums(values, self.block)
         return sums / block_sizes(values.shape, self.block).to(sums.device)
-
-
-def _masked_layers(model: nn.Module) -> dict[str, MaskedLayer]:
-    return {name: layer for name, layer in model.named_modules() if isinstance(layer, MaskedLayer)}

@@ -50,7 +50,7 @@ def random_masks(model: nn.Module, config: MethodConfig, seed: int) -> dict[str,
         model,
         config.density,
         config.block,
-        config.scope,
+        scope=config.scope,
         score=lambda name, weight: _random_blocks(weight.shape, config.block, random),
         linear=config.linear,
     )
@@ -60,12 +60,12 @@ def random_masks(model: nn.Module, config: MethodConfig, seed: int) -> dict[str,
 def start(model: nn.Module, config: MethodConfig, seed: int) -> nn.Module:
     """Give a dense model, in place, the masks that a method starts from.
 
-    Those are random ones, or ones that keep everything, where the method prunes later (gmp, and `dense_epochs`).
+    They are random, or keep everything if the method prunes later (gmp, or with `dense_epochs`).
 
     Args:
         model: dense, with its initial weights.
-        config: of the method; with `rescale_init` the kept weights are multiplied so that the variance of each layer's
-            output stays as it was.
+        config: of the method; with `rescale_init` the kept weights are scaled so that the variance of each layer's
+            output does not change.
         seed: of the random masks.
 
     Returns:
@@ -94,7 +94,8 @@ def start(model: nn.Module, config: MethodConfig, seed: int) -> nn.Module:
 
 
 def _random_blocks(shape: torch.Size, block: Sequence[int], random: torch.Generator) -> Tensor:
-    """A number for each block, repeated for its weights: the smaller blocks at an edge are kept as often as others."""
+    """A number for each block, repeated for its weights, so that the smaller blocks at an edge are kept as often as
+    others."""
     block = check_block(block)
     numbers = torch.rand(grid_shape(conv_shape(shape), block), generator=random, device="cpu")
     return expand_blocks(numbers, block, conv_shape(shape)).reshape(shape)

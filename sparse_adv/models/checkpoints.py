@@ -1,4 +1,4 @@
-"""`load_checkpoint`: networks with the weights and masks of other code, whose names are mapped onto those here."""
+"""`load_checkpoint`: networks with the weights and masks of other code; its names are mapped to the names here."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sparse_adv.nn import sparsify
 log = logging.getLogger("sparse_adv")
 
 _WRAPPERS = rf"^(?:(?:{'|'.join(WRAPPERS)}|net|1)\.)+"
-"""Prefixes of names; net and 1 are those of `nn.Sequential(normalize, net)` and of other code's wrappers."""
+"""Prefixes of names; net and 1 come from `nn.Sequential(normalize, net)` and other code's wrappers."""
 
 _NORMALIZATION = (
     (r"^(?:0|normalizer|normalization)\.(mean|std)$", r"normalize.\1"),
@@ -53,7 +53,7 @@ _NAMES: dict[str, Rules] = {"resnet": _RESNET, "preact_resnet": _PREACT, "wrn": 
 """For each family of networks, patterns of the names in other code and the names here."""
 
 _NEVER_RUN = {"wrn": "sub_block1."}
-"""Names of modules that other code makes and never calls: TRADES, HYDRA and RobustBench have the first stage twice."""
+"""Names of modules that other code makes but never calls: TRADES, HYDRA and RobustBench have the first stage twice."""
 
 
 def load_checkpoint(
@@ -69,17 +69,17 @@ def load_checkpoint(
     """Build a network by name and give it the weights and masks of a checkpoint, of this library or of other code.
 
     The names in the checkpoints of kuangliu's pytorch-cifar, TRADES, HYDRA, HARP, the Adversarial Pruning Benchmark,
-    RobustBench and DeepMind are mapped onto those of `build`'s networks; prefixes such as "module." and dicts around
-    the state dict are removed. Masks in any format of `masks.load_pruned`, zeros among them, make the layers sparse.
-    No code in a file is executed.
+    RobustBench and DeepMind are mapped to those of `build`'s networks; prefixes such as "module." and dicts around the
+    state dict are removed. Masks in any format of `masks.load_pruned`, including zeros, make the layers sparse. No code
+    in a file is executed.
 
     Args:
         source: a file, a state dict or checkpoint in memory, or a ticket.
         name: the architecture, see `build`.
         normalize: how the network normalises images in [0, 1]: a layer, the name of a data set of `Normalize.of`, or
-            "none" for a network of images as they are, as those of TRADES and HYDRA. None if the checkpoint says it
-            (buffers "mu" and "sigma", or "mean" and "std").
-        density: fraction of weights that each layer keeps, where the checkpoint has scores, see `masks.load_pruned`.
+            "none" for a network without normalisation, such as those of TRADES and HYDRA. None if the checkpoint
+            contains it (buffers "mu" and "sigma", or "mean" and "std").
+        density: fraction of weights that each layer keeps, if the checkpoint has scores, see `masks.load_pruned`.
         width, classes, input_shape: as in `build`.
 
     Returns:
@@ -124,11 +124,11 @@ def fit_ticket(
 ) -> Ticket:
     """Give the masks and weights of a checkpoint of other code the names that they have in a network of `build`.
 
-    `masks.load_pruned` keeps the names of the file, which `tickets.restore` cannot use if they are those of other code.
+    `masks.load_pruned` keeps the names of the file. `tickets.restore` cannot use them if they come from other code.
 
     Args:
         ticket: from `masks.load_pruned`.
-        name, normalize, width: as in `load_checkpoint`. The tensors say how many classes and channels there are.
+        name, normalize, width: as in `load_checkpoint`. The numbers of classes and channels follow from the tensors.
 
     Returns:
         The ticket with other names and, if `normalize` is given, that normalisation; the provenance is the same.
@@ -154,10 +154,10 @@ def fit_ticket(
 
 
 def sizes_of(state: Mapping[str, Tensor], name: str) -> tuple[int, int]:
-    """Return the numbers of classes and of image channels of weights of a network of `build`, in any order.
+    """Return the numbers of classes and of image channels, from the weights of a network of `build` in any order.
 
-    They are the outputs of its last linear layer and the inputs of its first convolution; where the weights, whose
-    names may be those of other code, lack that layer, those of the network itself.
+    They are the outputs of its last linear layer and the inputs of its first convolution. If the weights lack such a
+    layer, because their names come from other code, the numbers are those of the network itself.
 
     Examples:
         >>> sizes_of(build("digits_cnn", classes=7).state_dict(), "digits_cnn")
@@ -212,15 +212,15 @@ def _renamed(state: Mapping[str, Tensor], network: str, origin: str) -> Named:
 
 
 def _set_normalization(named: Named, normalize: str | Normalize | None, model: nn.Module, origin: str) -> None:
-    """Put mean and standard deviation among the tensors, in the shape that the network has them in."""
+    """Add mean and standard deviation to the tensors, in the shapes that the network has for them."""
     layer = model.get_submodule("normalize")
     assert isinstance(layer, Normalize)
     keys = ("normalize.mean", "normalize.std")
     present = [key for key in keys if key in named]
     if normalize is None and not present:
         raise ValueError(
-            f"{origin} does not say how its images were normalised: pass normalize, the name of a data set, a layer "
-            'models.Normalize(mean, std), or "none" for images in [0, 1] as they are'
+            f"{origin} does not say how its images were normalised: name it with --normalize (in Python normalize), a "
+            'data set such as "cifar10", or "none" for images in [0, 1] as they are'
         )
     if normalize is not None:
         if present:

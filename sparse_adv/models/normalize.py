@@ -14,13 +14,13 @@ STATISTICS = {
     "fashion_mnist": ((0.2860,), (0.3530,)),
     "digits": ((0.305,), (0.376,)),
 }
-"""Mean and standard deviation of each channel over the training images, which are in [0, 1]."""
+"""Mean and standard deviation of each channel over the training images in [0, 1]."""
 
 
 class Normalize(nn.Module):
     """Return (x - mean) / std for each channel.
 
-    As the first layer of a network it keeps attacks, and their eps, in units of images in [0, 1] (as in RobustBench).
+    As the first layer of a network, it lets attacks and their eps use the units of images in [0, 1], as in RobustBench.
 
     Args:
         mean, std: one number per channel; they become buffers of shape [C, 1, 1].

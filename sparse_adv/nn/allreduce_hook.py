@@ -29,11 +29,11 @@ class CommStats:
 def register_masked_allreduce_hook(model: DistributedDataParallel) -> CommStats:
     """Make DistributedDataParallel average only the gradients of kept weights: at density 0.1, a tenth of the bytes.
 
-    Of a weight under a mask (a layer with a Parameter `weight` and a bool buffer `weight_mask`), the kept entries are
-    packed, averaged and unpacked, and the others become 0; of all other parameters, all entries are averaged. The
+    For a weight under a mask (a layer with a Parameter `weight` and a bool buffer `weight_mask`), the kept entries are
+    packed, averaged and unpacked, and the others become 0. All entries of all other parameters are averaged. The
     averages equal those of plain DistributedDataParallel. Masks may change between steps, in the same way on all
-    processes. This call and each step begin by comparing the processes' masks, because with different masks packed
-    gradients would be added at the wrong places, or all-reduce would wait without end; so all processes must call it.
+    processes. This call and each step first compare the processes' masks, because with different masks packed gradients
+    would be added at the wrong places, or all-reduce would wait for ever. So all processes must call it.
 
     Args:
         model: a model without a communication hook, on any backend; it may be sparse now, later or never.
@@ -73,18 +73,18 @@ class _HookState:
         self.mask_versions: list[tuple[int, int, object]] | None = None
         self.checksums: dict[Tensor, int] = {}
         self.kept_indices: dict[int, tuple[list[int], Tensor | None]] = {}
-        """Maps the index of a bucket to the identities of its parameters and the result of `_indices`. The parameters
-        of a bucket change once, after the first step."""
+        """Maps the index of a bucket to the ids of its parameters and the result of `_indices`. The parameters of a
+        bucket change once, after the first step."""
 
     def average(self, bucket: dist.GradBucket) -> Future[Tensor]:
         """Average one bucket of gradients; called in the same order on all processes."""
         buffer = bucket.buffer()
         if bucket.index() == 0:
             self._read_masks()
-            # In every step, because a process cannot know whether the masks of another have changed.
+            # In every step, because a process cannot know whether another one's masks have changed.
             mask_agreement.check_equal(self.module, self.checksums, buffer.device, self.group)
         indices = self._indices_of(bucket)
-        # Divided before the sum, as DistributedDataParallel does, because a sum of 16-bit gradients might overflow.
+        # Divide before the sum, as DistributedDataParallel does, because a sum of 16-bit gradients might overflow.
         packed = (buffer if indices is None else buffer.index_select(0, indices)).div_(self.group.size())
         self.stats.bytes_sent += packed.numel() * packed.element_size()
         self.stats.bytes_dense += buffer.numel() * buffer.element_size()
@@ -98,7 +98,7 @@ class _HookState:
 
     def _read_masks(self) -> None:
         masks = mask_agreement.masks_of(self.module)
-        # `self.masks` still refers to the masks of the last step, so no new mask can have the identity of an old one.
+        # `self.masks` still refers to the masks of the last step, so no new mask can have the id of an old one.
         versions = [(id(w), id(m), version_of(m)) for w, m in masks.items()]
         if versions != self.mask_versions:
             self.masks, self.mask_versions = masks, versions
@@ -115,7 +115,7 @@ class _HookState:
         return indices
 
     def _indices(self, parameters: list[Tensor]) -> Tensor | None:
-        """The indices into the bucket's buffer of the gradients to average; None: all."""
+        """The indices in the bucket's buffer of the gradients to average; None: all."""
         if not any(parameter in self.masks for parameter in parameters):
             return None
         flags = [_in_memory_order(self.masks.get(parameter), parameter) for parameter in parameters]

@@ -9,19 +9,19 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from sparse_adv.nn.optimizer_hook import version_of
 
 _equal_at = WeakTensorKeyDictionary()
-"""Maps a buffer to the version of its content that was last compared, and the mask that it was compared with."""
+"""Maps a buffer to the version of its content that was compared last, and to the mask that it was compared with."""
 
 
 def is_exporting() -> bool:
-    """`torch.compiler.is_exporting()`, which torch before 2.12 takes for true in all code that it compiles."""
+    """`torch.compiler.is_exporting()`; before torch 2.12 that is also True in ordinary compiled code."""
     return torch.compiler._is_exporting_flag
 
 
 @torch.library.custom_op("sparse_adv::header_of_mask", mutates_args=())
 def header_of_mask(header: Tensor, buffer: Tensor, mask: Tensor) -> Tensor:
-    """Return a pattern's header if the buffer equals the mask that the pattern was made of; compare after a write only.
+    """Return a pattern's header if the buffer equals the pattern's mask; the two are compared only after a write.
 
-    The header is handed through, so that no compiler removes the check as unused.
+    The header is passed through, so that no compiler removes the check as unused.
     """
     state = version_of(buffer), mask.data_ptr()
     if _equal_at.get(buffer) != state:

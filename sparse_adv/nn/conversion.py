@@ -17,7 +17,7 @@ from sparse_adv.nn import optimizer_hook
 from sparse_adv.nn.dead_channels import release_channels
 from sparse_adv.nn.layer_checks import check_replaceable
 from sparse_adv.nn.masked_conv2d import MaskedConv2d, check_conv_mask, check_convertible, compile_mask
-from sparse_adv.nn.masked_layer import MaskedLayer
+from sparse_adv.nn.masked_layer import MaskedLayer, masked_layers
 from sparse_adv.nn.masked_linear import MaskedLinear, check_linear, check_linear_mask
 from sparse_adv.ops.masked_conv2d_mask import check_block, check_obeys
 
@@ -46,7 +46,7 @@ def sparsify(
     Args:
         model: any module.
         masks: bool masks keyed by module name, as `masks.prune` returns them; layers without a mask stay dense.
-        block: the block shape of all masks; None finds for each the largest supported block that it obeys.
+        block: the block shape of all masks; None finds the largest supported block that each mask obeys.
         optimizer: its momentum (and whatever else it stores) for pruned weights becomes 0 now; without it, that happens
             before its next step.
 
@@ -85,8 +85,8 @@ def densify(model: nn.Module) -> nn.Module:
     """Replace every masked layer by a plain `nn.Conv2d` or `nn.Linear` with the same Parameters, zeros where pruned.
 
     The model is changed in place. Its `state_dict` then has the dense model's keys, and training may change the weights
-    that were pruned, and the BatchNorm channels that `zero_dead_channels` keeps at 0; call `revive_dead_channels`
-    before, as a ReLU passes no gradient to a channel that is 0 everywhere. A layer that was compiled by itself,
+    that were pruned and the BatchNorm channels that `zero_dead_channels` keeps at 0. Call `revive_dead_channels`
+    before, because a ReLU passes no gradient to a channel that is 0 everywhere. A layer that was compiled by itself,
     `layer.compile()`, must be compiled again. If anything is wrong, nothing changes.
 
     Args:
@@ -119,10 +119,10 @@ def frozen_weights(model: nn.Module) -> Iterator[nn.Module]:
 
     Each layer reads the weights kept by its mask once, in the kernels' order (float32 convolutions on the CPU, blocks
     on CUDA), casts them once under autocast, and computes no gradient of weight or bias, whatever `requires_grad` says.
-    That is what an attack needs. The context may be nested; it ends with the outermost one. It holds for the thread
-    that entered it, so that another one can train the same model; compiled code takes no notice of it. What is under
-    `torch.utils.checkpoint` is computed again by the thread that runs the backward pass, which on CUDA is one of
-    autograd's own: the weights are not frozen there, and `use_reentrant=False` raises a CheckpointError.
+    That is what an attack needs. Contexts may be nested; the outermost one ends the effect. A context holds for the
+    thread that entered it, so another thread can train the same model; compiled code ignores it. The thread that runs
+    the backward pass recomputes code under `torch.utils.checkpoint`. On CUDA this is one of autograd's own threads: the
+    weights are not frozen there, and `use_reentrant=False` raises a CheckpointError.
 
     Args:
         model: any module.
@@ -139,8 +139,8 @@ def frozen_weights(model: nn.Module) -> Iterator[nn.Module]:
     """
     layers: list[MaskedLayer] = []
     try:
-        for layer in model.modules():
-            if isinstance(layer, MaskedLayer) and layer.freeze():
+        for layer in masked_layers(model).values():
+            if layer.freeze():
                 layers.append(layer)
         yield model
     finally:
@@ -187,8 +187,8 @@ def _replace(model: nn.Module, modules: Mapping[str, nn.Module], new: Mapping[nn
 
 
 def _ignore_masks_in_ddp(model: nn.Module) -> None:
-    """Exclude the masks from what DistributedDataParallel broadcasts with every step: all processes have them."""
-    own = {f"{name}.weight_mask" for name, module in model.named_modules() if isinstance(module, MaskedLayer)}
+    """Exclude the masks from DistributedDataParallel's broadcast in every step: all processes have them."""
+    own = {f"{name}.weight_mask" for name in masked_layers(model)}
     others = [
         name for name in getattr(model, "_ddp_params_and_buffers_to_ignore", []) if not name.endswith("weight_mask")
     ]

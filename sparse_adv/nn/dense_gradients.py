@@ -1,4 +1,4 @@
-"""Gradients of all weights of masked layers, also of those that the masks prune."""
+"""Gradients of all weights of masked layers, including those that the masks prune."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from sparse_adv.nn.masked_layer import MaskedLayer
+from sparse_adv.nn.masked_layer import MaskedLayer, masked_layers
 from sparse_adv.ops import Pattern, masked_conv2d
 from sparse_adv.ops.masked_conv2d_autocast import dtype_under_autocast
 from sparse_adv.ops.transforms import is_transformed
@@ -23,31 +23,31 @@ Convolution = tuple[Any, ...]
 """Stride, padding, dilation, groups."""
 
 _receivers: WeakKeyDictionary[nn.Module, list[Receiver]] = WeakKeyDictionary()
-"""Maps each layer to the functions that receive its gradients, one of each `dense_gradients` block that it is in. It is
+"""Maps each layer to the functions that receive its gradients, one for each `dense_gradients` block around it. This is
 no attribute of the layer, because an update is captured anew when attributes of its modules change."""
 _uncompiled = ExitStack()
-"""Closed when the last block ends: while there is one, compiled models run uncompiled, as traced code sees no block."""
+"""Entered by the first block, closed by the last. Meanwhile models run uncompiled, as compiled code sees no block."""
 _lock = Lock()
-"""For the two above and for adding gradients up: blocks and backward passes may be in several threads."""
+"""For the two above and for adding gradients: several threads may have blocks and backward passes."""
 
 
 @contextmanager
 def dense_gradients(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """A context in which backward passes also form the loss's gradients of pruned weights.
+    """A context in which backward passes also compute the gradients of pruned weights.
 
-    It is for methods that let a mask grow where the gradient is large. In the block, masked layers compute
-    their weight gradient with the dense kernel; the other passes stay as they are. `weight.grad` stays 0 where the mask
-    is false. With `create_graph=True` the gradient of the input is computed with the dense kernel too, so that second
-    derivatives by pruned weights are formed. Forward passes of compiled models run uncompiled.
+    It is for methods that let a mask grow where the gradient is large. In the block, masked layers compute their weight
+    gradient with the dense kernel; the other passes stay as they are. `weight.grad` stays 0 where the mask is false.
+    With `create_graph=True` the dense kernel also computes the gradient of the input, so that there are second
+    derivatives by pruned weights. Forward passes of compiled models run uncompiled.
 
     Args:
         model: any module.
 
     Returns:
-        A context manager that yields a dict, which fills in backward passes of forward passes in the block, of any
-        thread and of inner blocks too: module name of a masked layer -> gradient of its whole weight, added up over all
-        its calls. Passes under `nn.frozen_weights`, `torch.no_grad` and `torch.func` add nothing, nor do layers whose
-        weight requires no gradient. With `torch.utils.checkpoint` the backward pass has to be in the block too.
+        A context manager that yields a dict: module name of a masked layer -> gradient of its whole weight, added up
+        over all its calls. Backward passes fill it if their forward pass was in the block, in any thread and in inner
+        blocks too. Passes under `nn.frozen_weights`, `torch.no_grad` and `torch.func` add nothing, nor do layers whose
+        weight requires no gradient. With `torch.utils.checkpoint` the backward pass must also be in the block.
 
     Source: growing by gradient is that of Evci et al., "Rigging the lottery" (ICML 2020), section 3.
 
@@ -68,7 +68,7 @@ def dense_gradients(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
         return receive
 
-    layers = {layer: receiver(name) for name, layer in model.named_modules() if isinstance(layer, MaskedLayer)}
+    layers = {layer: receiver(name) for name, layer in masked_layers(model).items()}
     with _lock:
         if not any(_receivers.values()):
             _uncompiled.enter_context(torch.compiler.set_stance("force_eager"))
@@ -85,18 +85,18 @@ def dense_gradients(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 def is_collecting(layer: MaskedLayer) -> bool:
-    """Whether a forward pass of the layer now has to take the weight from `with_dense_gradient`."""
+    """Whether a forward pass of the layer must now take its weight from `with_dense_gradient`."""
     if torch.compiler.is_compiling() or is_transformed() or not torch.is_grad_enabled():
         return False
     return bool(_receivers.get(layer)) and layer.weight.requires_grad
 
 
 def with_dense_gradient(layer: MaskedLayer, weight: Tensor) -> Tensor:
-    """Return the layer's masked weight, a function of its Parameter, whose gradients the receivers will get.
+    """Return the layer's masked weight as a function of its Parameter, so that the receivers will get its gradients.
 
     Args:
-        layer: for which `is_collecting` holds.
-        weight: 0 where the mask is false. Its consumers must form the gradient of all its elements.
+        layer: one that `is_collecting`.
+        weight: 0 where the mask is false. Its consumers must compute the gradients of all its elements.
     """
     receivers = tuple(_receivers[layer])
 
@@ -129,7 +129,7 @@ class _Convolution(torch.autograd.Function):
         input, weight = ctx.saved_tensors
         needs_input, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         of_input = of_weight = None
-        if needs_input and torch.is_grad_enabled():  # the op's derivative by the weight would leave out what is pruned
+        if needs_input and torch.is_grad_enabled():  # the op's derivative by the weight would leave out pruned weights
             of_input = conv2d_input(input.shape, *_wide(weight, grad), *ctx.convolution).to(input.dtype)
         elif needs_input:
             grad_input = torch.ops.sparse_adv.masked_conv2d_grad_input
@@ -141,7 +141,7 @@ class _Convolution(torch.autograd.Function):
 
 
 def _wide(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """On a CPU at least float32: in bfloat16 gradients of some strided convolutions are wrong in PyTorch 2.13."""
+    """At least float32 on a CPU: PyTorch 2.13 gives wrong bfloat16 gradients of some strided convolutions."""
     return tuple(
         tensor.float() if tensor.device.type == "cpu" and tensor.itemsize < 4 else tensor for tensor in tensors
     )

@@ -24,18 +24,17 @@ class Row:
     layer: str
     weight_shape: tuple[int, ...]
     block: tuple[int, ...] | None
-    """The mask's block, as much of it as there is in the weight; None if the layer is dense, or linear, for which the
-    block does not matter."""
+    """The mask's block, cut to the weight's size; None if the layer is dense, or linear (its block does not matter)."""
     kept_weights: int
     """The number of weights that the mask keeps."""
     macs: tuple[int, int] | None
-    """MACs of the kept weights and of all weights, for the given input; None without one and for a layer not called."""
+    """MACs of the kept weights and of all weights, for the given input; None without an input or a call."""
     kernels: dict[str, str]
-    """The kernel of each pass and the reason: "sparse (table)", "dense (tuned: 1.9 ms, sparse 4.8 ms)". "not called" of
-    a layer that the model does not call by this name, such as one that `sparsify` replaced but a plain list holds
-    still. Empty without an example input if the kernel depends on it."""
+    """The kernel of each pass and the reason: "sparse (table)", "dense (tuned: 1.9 ms, sparse 4.8 ms)". "not called"
+    for a layer that does not run under this name, such as one that `sparsify` replaced while a plain list still holds
+    the old layer. Empty without an example input if the kernel depends on the input."""
     weight_of: str | None = None
-    """An earlier layer with the same weight, which counts there; None for a weight that no earlier layer has."""
+    """The first layer with the same weight, where the weight counts; None if no earlier layer has it."""
 
     @property
     def weights(self) -> int:
@@ -50,7 +49,7 @@ class Explanation:
 
     @property
     def density(self) -> float | None:
-        """The fraction of the weights of convolutions and linear layers that is kept; None if there are none."""
+        """The fraction of the weights of convolutions and linear layers that is kept; None without such layers."""
         rows = [row for row in self.rows if row.weight_of is None]
         total = sum(row.weights for row in rows)
         return sum(row.kept_weights for row in rows) / total if total else None
@@ -84,7 +83,7 @@ class Explanation:
 
 @checks_types
 def explain(model: nn.Module, example_input: Sequence[int] | Tensor | None = None) -> Explanation:
-    """Tell which kernel each pass of each convolution and linear layer takes, and why.
+    """Tell which kernel each pass of each convolution and linear layer uses, and why.
 
     Args:
         model: any model; it runs one forward pass, in eval mode, if an input is given.
@@ -117,8 +116,7 @@ def explain(model: nn.Module, example_input: Sequence[int] | Tensor | None = Non
 
 
 def _row(name: str, layer: Layer, calls: Sequence[LayerCall] | None, owner: str) -> Row:
-    """Describe a layer by its last call. The calls are None without an input; the owner is the first layer with this
-    weight."""
+    """Describe a layer by its last call; `calls` is None without an input, `owner` the first layer with this weight."""
     weight = weight_of(layer)
     weights, kept = weight.numel(), kept_weights(layer)
     if calls:

@@ -52,11 +52,11 @@ class CompiledConvMask(CompiledMask):
     """A mask with its pattern in three variants, of which `MaskedConv2d.pattern` selects one."""
 
     pattern: Pattern
-    """The kernel of each pass is chosen by a static table, on CUDA by a roofline."""
+    """A static table chooses the kernel of each pass, on CUDA a roofline."""
     deterministic: Pattern
-    """grad_weight is always the sparse kernel: the bits of oneDNN's dense one depend on the number of threads."""
+    """grad_weight always uses the sparse kernel: the bits of oneDNN's dense one depend on the number of threads."""
     tuned: Pattern | None = None
-    """The kernels are those that `nn.tune` fixed."""
+    """With the kernels that `nn.tune` fixed."""
 
 
 class MaskedConv2d(MaskedLayer, nn.Conv2d):
@@ -68,8 +68,8 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
     module reads `weight`. Values written into `weight` by hand where it is pruned have no effect on the layer; they are
     zeroed when `state_dict()` is read, before an optimiser's next step, or at once by `set_mask(layer.weight_mask)`.
 
-    Loading a dense state dict keeps the mask and zeroes the weight by it; one of `nn.utils.prune` loads too.
-    `torch.optim.swa_utils.AveragedModel` works as it is; its `use_buffers=True` cannot average bool tensors.
+    Loading a dense state dict keeps the mask and zeroes the pruned weights; a state dict of `nn.utils.prune` loads too.
+    `torch.optim.swa_utils.AveragedModel` works, but not with `use_buffers=True`: it cannot average bool tensors.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype:
@@ -94,7 +94,7 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
     dilation: tuple[int, int]
     block: Block
     choices: LayerChoices | None
-    """The choices that `nn.tune` fixed; None before it, and after a new mask, for which they were not measured."""
+    """The choices that `nn.tune` fixed; None before that, and after a new mask: they were measured with the old one."""
 
     _dense = nn.Conv2d
     _own = ("block", "choices")
@@ -138,7 +138,7 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
 
     @classmethod
     def from_dense(cls, conv: nn.Conv2d, mask: Tensor, block: Sequence[int] | None = None) -> Self:
-        """Make a masked layer of a dense one, with the same Parameter objects; pruned weights become 0 in place.
+        """Make a masked layer from a dense one, with the same Parameter objects; pruned weights become 0 in place.
 
         Args:
             conv: the dense layer, or a masked one, which gets the new mask.
@@ -163,14 +163,14 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
     def set_mask(self, mask: Tensor, optimizer: Optimizer | None = None, block: Sequence[int] | None = None) -> None:
         """Change the mask: weights that it prunes become 0, weights that it revives start at 0.
 
-        Layers that share their weight need one mask: `sparsify` gives it to all of them.
+        Layers that share their weight need the same mask: `sparsify` gives it to all of them.
 
         Args:
             mask: bool tensor of the weight's shape.
             optimizer: its momentum (and whatever else it stores) for pruned weights becomes 0 now; without it, that
                 happens before its next step.
-            block: the mask's block; None keeps the present one if the mask obeys it, else takes the largest
-                supported one that it obeys.
+            block: the mask's block; None keeps the present block if the mask obeys it, else takes the largest supported
+                one that the mask obeys.
 
         Raises:
             TypeError: if the weight is parametrized.
@@ -186,8 +186,8 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
     def pattern(self) -> Pattern:
         """The compiled mask, with the kernels that are requested for the passes.
 
-        Under `torch.use_deterministic_algorithms` the choices of `nn.tune` are ignored, as measured times differ from
-        run to run, and grad_weight is always the sparse kernel.
+        Under `torch.use_deterministic_algorithms` the choices of `nn.tune` are ignored, because measured times differ
+        from run to run, and grad_weight always uses the sparse kernel.
         """
         assert self._compiled is not None, "a layer on the meta device has no pattern"
         if torch.are_deterministic_algorithms_enabled():
@@ -195,7 +195,7 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
         return self._compiled.tuned or self._compiled.pattern
 
     def choose_kernels(self, choices: Mapping[str, Choice]) -> None:
-        """Fix which kernel each pass takes: `choices[pass]["kernel"]` is "sparse" or "dense"; see `nn.tune`."""
+        """Fix the kernel of each pass: `choices[pass]["kernel"]` is "sparse" or "dense"; see `nn.tune`."""
         assert self._compiled is not None, "a layer on the meta device has no pattern"
         kernels = {name: choices[name]["kernel"] for name in PASSES}
         self._compiled.tuned = set_kernels(self._compiled.pattern, **kernels)
@@ -206,7 +206,7 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
         """Convolve `[N, C, H, W]`, or `[C, H, W]`."""
         if isinstance(input, fx.Proxy):
             return self._node(input)
-        if is_transformed():  # a mask may be batched then, and has no pattern
+        if is_transformed():  # then a mask may be batched, and has no pattern
             frozen = self.frozen_operands
             weight, bias = frozen[:2] if frozen else (self._masked_weight(), self.bias)
             return self._conv_forward(input, weight, bias)
@@ -227,7 +227,7 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
         return convolve(input, with_dense_gradient(self, self._masked_weight()), bias, pattern, convolution)
 
     def plan(self, input: Tensor) -> Plan:
-        """Which kernel each pass takes for an input, why, and the MACs that it executes: `ops.plan` of this layer.
+        """Which kernel each pass uses for an input, why, and how many MACs it executes: `ops.plan` for this layer.
 
         The reason for a kernel that `nn.tune` fixed is "tuned: 1.2 ms, dense 3.4 ms", or "given" if it came without
         times; under `torch.use_deterministic_algorithms` it is "deterministic".
@@ -237,10 +237,10 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
         return Plan(*(self._with_reason(name, planned) for name, planned in passes._asdict().items()))
 
     def padded(self, input: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Apply the padding that the op cannot: with other values than zeros, or of different widths on two sides.
+        """Apply padding that the op cannot apply: with other values than zeros, or with different widths on two sides.
 
-        As in `nn.Conv2d`, the number of zeros is that of `padding` in this call: code that adapts a network to other
-        images sets it after construction.
+        As in `nn.Conv2d`, the number of zeros is read from `padding` in each call, because code that adapts a network
+        to other images sets it after construction.
 
         Returns:
             The input, and the padding (rows, columns) that is left for the op.
@@ -309,7 +309,7 @@ def check_conv_mask(conv: nn.Conv2d, mask: Tensor, block: Sequence[int] | None, 
         ValueError: if it has another shape than the weight or no values, does not obey the block, or cannot be applied
             to the weight here; if the layer has no filter.
     """
-    if 0 in conv.kernel_size:  # PyTorch makes such a layer, which cannot run
+    if 0 in conv.kernel_size:  # PyTorch can make such a layer, but not run it
         raise ValueError(f"kernel_size must be positive, got {conv.kernel_size}")
     check_mask(mask)
     check_shape(mask, conv.weight)
@@ -320,7 +320,7 @@ def check_conv_mask(conv: nn.Conv2d, mask: Tensor, block: Sequence[int] | None, 
         if not mask.is_meta:
             check_obeys(mask, block4)
         return block4
-    if mask.is_meta:  # its values are not known yet: once they are, `_compile` looks for a block again
+    if mask.is_meta:  # it has no values yet; once it has, `_compile` looks for a block again
         return default or largest_obeyed_block(torch.ones(mask.shape, dtype=torch.bool, device="cpu"))
     if default is not None and obeys(mask, default):
         return default

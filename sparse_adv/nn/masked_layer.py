@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ from sparse_adv.ops.transforms import is_transformed
 
 @dataclass(eq=False)
 class CompiledMask:
-    """All that a masked layer derives from the content of its buffer `weight_mask`."""
+    """Everything that a masked layer derives from the content of its buffer `weight_mask`."""
 
     mask: Tensor
     """A copy of the buffer, so that a write to the buffer shows as a difference."""
@@ -38,7 +38,7 @@ class CompiledMask:
         self._source = buffer, version_of(buffer)
 
     def detach(self) -> None:
-        """Have the elements compared again: the buffer may get the content of another tensor, and its version."""
+        """Let `matches` compare the elements again: the buffer may get another tensor's content and version."""
         self._source = None
 
     def matches(self, buffer: Tensor) -> bool:
@@ -52,9 +52,9 @@ class CompiledMask:
 
 
 class _FrozenOperands:
-    """What a layer's forward pass takes in place of weight and bias while these do not change.
+    """What a layer's forward pass uses in place of weight and bias while these do not change.
 
-    Each dtype has its own: a region without autocast takes other ones than the layers around it.
+    There is one set for each dtype, because a region without autocast needs other ones than the layers around it.
     """
 
     def __init__(self, layer: MaskedLayer) -> None:
@@ -72,7 +72,7 @@ class _FrozenOperands:
         return all(map(operator.is_, map(layer._parameters.get, ("weight", "bias")), self._parameters))
 
     def in_current_dtype(self) -> Any:
-        """The operands in the dtype that autocast asks for here; they are cast once, not in each pass."""
+        """The operands in autocast's present dtype; they are cast once, not in each pass."""
         dtype = dtype_under_autocast(self._weight)
         if dtype not in self._made:
             with mode_of(self._weight):
@@ -81,7 +81,7 @@ class _FrozenOperands:
         return self._made[dtype]
 
 
-class MaskedLayer(nn.Module):
+class MaskedLayer(nn.Module, ABC):
     """A layer whose weight is 0 wherever its bool buffer `weight_mask` is false.
 
     A mask becomes effective in three steps: a subclass checks and compiles it, `_write_mask` writes it to the buffer,
@@ -99,20 +99,20 @@ class MaskedLayer(nn.Module):
     _dense: ClassVar[type[nn.Module]]
     """The class of the dense layer."""
     _own: ClassVar[tuple[str, ...]] = ()
-    """Attributes that the dense layer does not have, other than those of `DERIVED`."""
+    """Attributes that the dense layer does not have, except those in `DERIVED`."""
 
     _compiled: CompiledMask | None
-    """None on the meta device, where the layer computes what the dense one does."""
+    """None on the meta device; there the layer computes what the dense one does."""
     _installed: tuple[Tensor, CompiledMask] | None = None
-    """The layer's own buffer and mask, installed last: `torch.func.functional_call` puts others in their place."""
+    """The layer's own buffer and mask, installed last; `torch.func.functional_call` may put others in their place."""
     _frozen: dict[int, _FrozenOperands]
     """The operands inside of `nn.frozen_weights`.
 
-    The key is the number of the thread: another thread may train the same model, and needs the gradients of weights.
+    The key is the thread's number: another thread may train the same model and needs the gradients of the weights.
     """
 
     DERIVED: ClassVar = ("_compiled", "_installed", "_frozen")
-    """Attributes that are neither pickled nor copied, but computed again."""
+    """Attributes that are computed again after copying or unpickling."""
 
     @abstractmethod
     def set_mask(self, mask: Tensor, optimizer: Optimizer | None = None) -> None:
@@ -120,11 +120,11 @@ class MaskedLayer(nn.Module):
 
     @abstractmethod
     def _compile(self) -> CompiledMask | None:
-        """Compile the content of the buffer `weight_mask`; None on the meta device, where it has none."""
+        """Compile the content of the buffer `weight_mask`; None on the meta device, because there it has no content."""
 
     @abstractmethod
     def _frozen_operands(self, weight: Tensor, bias: Tensor | None) -> tuple[object, ...]:
-        """Return the operands that the forward pass takes in place of weight and bias while these do not change."""
+        """Return the operands that the forward pass uses in place of weight and bias while these do not change."""
 
     @classmethod
     def _sharing_state_of(cls, dense: nn.Module) -> Self:
@@ -136,7 +136,7 @@ class MaskedLayer(nn.Module):
         return layer
 
     def to_dense(self) -> nn.Module:
-        """Make a plain layer of this one, with the same Parameter objects, zeros where pruned.
+        """Make a plain layer from this one, with the same Parameter objects and zeros where pruned.
 
         Raises:
             TypeError: if `check_replaceable` does.
@@ -156,12 +156,12 @@ class MaskedLayer(nn.Module):
         raise TypeError("torch.jit.script cannot compile masked layers: script `densify(copy.deepcopy(model))`")
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        if name == "weight_orig":  # the first thing that they do; spectral_norm has removed the weight by then
+        if name == "weight_orig":  # prune and spectral_norm register this first; spectral_norm has removed the weight
             self._parameters.setdefault("weight", param)
             raise TypeError(
                 "torch.nn.utils.prune and spectral_norm cannot change a masked layer: give it another mask by set_mask"
             )
-        if type(param).__module__.startswith("torchao."):  # a quantized weight, whose operators know no mask
+        if type(param).__module__.startswith("torchao."):  # operators of quantized weights know no masks
             raise TypeError("torchao cannot quantize masked layers: `densify` the model first")
         has_mask = name == "weight" and "weight_mask" in self._buffers
         if has_mask and type(param) is nn.Parameter:
@@ -172,7 +172,7 @@ class MaskedLayer(nn.Module):
 
     @property
     def qconfig(self) -> None:
-        """Absent: `torch.ao.quantization` sets it on layers, and would then leave masked ones as they are."""
+        """Absent: `torch.ao.quantization` would set it, and then leave masked layers unquantized."""
         raise AttributeError("masked layers have no qconfig")
 
     @qconfig.setter
@@ -180,7 +180,7 @@ class MaskedLayer(nn.Module):
         raise TypeError("torch.ao.quantization cannot quantize masked layers: `densify` the model first")
 
     def _node(self, proxy: fx.Proxy) -> fx.Proxy:
-        """One node of a graph that `torch.fx.symbolic_trace` records, as the layers of torch.nn are."""
+        """The layer as one node of a graph that `torch.fx.symbolic_trace` records, as for the layers of torch.nn."""
         tracer = proxy.tracer
         assert isinstance(tracer, fx.Tracer)
         return tracer.create_proxy("call_module", tracer.path_of_module(self), (proxy,), {})
@@ -191,7 +191,7 @@ class MaskedLayer(nn.Module):
         return int(self.weight_mask.count_nonzero()) / max(1, self.weight_mask.numel())
 
     def register_buffer(self, name: str, tensor: Any, persistent: bool = True) -> None:
-        is_new_mask = name == "weight_mask" and name in self._buffers  # assigning to `weight_mask` comes here, too
+        is_new_mask = name == "weight_mask" and name in self._buffers  # assigning to `weight_mask` also comes here
         if is_new_mask:
             check_mask(tensor, linear=self._dense is nn.Linear)
             check_shape(tensor, self.weight)
@@ -206,9 +206,9 @@ class MaskedLayer(nn.Module):
 
     @property
     def frozen_operands(self) -> Any:
-        """What the forward pass takes in place of weight and bias in this thread; None without `nn.frozen_weights`.
+        """What the forward pass uses in place of weight and bias in this thread; None without `nn.frozen_weights`.
 
-        Compiled code never takes it, as it serves all threads.
+        Compiled code never uses it, because the same code serves all threads.
         """
         if torch.compiler.is_compiling() or not self._frozen:
             return None
@@ -216,9 +216,9 @@ class MaskedLayer(nn.Module):
         return None if frozen is None or not frozen.are_of(self) else frozen.in_current_dtype()
 
     def freeze(self) -> bool:
-        """Start `nn.frozen_weights` for this layer and thread; False if it had started, or without values of its own.
+        """Start `nn.frozen_weights` for this layer and thread; False if it had started or the weight is not in memory.
 
-        FSDP1 makes the weight in each pass, as a view that is no Parameter, and frees its memory afterwards.
+        FSDP1 makes the weight anew in each pass, as a view that is not a Parameter, and then frees its memory.
         """
         if get_ident() in self._frozen or "weight" not in self._parameters or not has_values(self.weight):
             return False
@@ -231,23 +231,23 @@ class MaskedLayer(nn.Module):
         self._frozen.pop(get_ident(), None)
 
     def _masked_weight(self) -> Tensor:
-        """`where` and not a product: a pruned NaN must count as 0, in the weight and in its gradient."""
+        """The masked weight, by `where` and not by a product: a pruned NaN must count as 0, also in the gradient."""
         return torch.where(self.weight_mask, self.weight, 0)
 
     def _write_mask(self, mask: Tensor) -> None:
-        """Write the buffer, only if its content is another: a write would invalidate a backward pass in progress."""
+        """Write the buffer, but only if its content differs: a write would invalidate a backward pass in progress."""
         if "weight_mask" in self._buffers:
             mask = mask.to(self.weight_mask.device)
             if mask.is_meta or not torch.equal(self.weight_mask, mask):
                 if not mask.is_meta:
-                    self._zero_pruned()  # what was written by hand, so that weights are revived from 0
+                    self._zero_pruned()  # pruned weights written by hand, so that revived weights start at 0
                 self.weight_mask.copy_(mask)
         else:
             with mode_of(self.weight):
                 self.register_buffer("weight_mask", mask.to(self.weight.device, copy=True))
 
     def _adopt(self, compiled: CompiledMask | None) -> None:
-        """Compute with the buffer's mask, of which `compiled` was made."""
+        """Compute with the buffer's mask, from which `compiled` was made."""
         self._compiled, self._frozen = compiled, {}
         if compiled is not None:
             compiled.attach(self.weight_mask)
@@ -258,17 +258,17 @@ class MaskedLayer(nn.Module):
         self._installed = None if compiled is None else (self.weight_mask, compiled)
         if compiled is not None:
             self._zero_pruned()
-            if "weight" in self._parameters:  # else no optimiser has it
+            if "weight" in self._parameters:  # else no optimiser can have it
                 optimizer_hook.watch(self.weight, compiled.mask)
 
     @torch.no_grad()
     def _zero_pruned(self) -> None:
-        """Zero weight and gradient where the mask is false: the weight only if needed, as in `_write_mask`."""
+        """Zero weight and gradient where the mask is false; write only if needed, as in `_write_mask`."""
         if not has_values(self.weight):
             return
         if torch.where(self.weight_mask, 0, self.weight).any():
             self.weight.masked_fill_(~self.weight_mask, 0)
-        # A sum of micro-batches, which may be clipped before the next step. A view of FSDP1's parameter has none.
+        # The gradient may be a sum of micro-batches and be clipped before the next step. FSDP1's view has no gradient.
         grad = self.weight.grad if self.weight.is_leaf else None
         if grad is not None and torch.where(self.weight_mask, 0, grad).any():
             grad.masked_fill_(~self.weight_mask, 0)
@@ -281,7 +281,7 @@ class MaskedLayer(nn.Module):
             self._install(own if valid else self._compile())
 
     def refresh(self) -> None:
-        """Before a forward pass: recompile the mask if the buffer was written to, except in code that is traced."""
+        """Before a forward pass, recompile the mask if the buffer was written to; does nothing in traced code."""
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed():
             return
         compare_in_first_pass()
@@ -290,14 +290,14 @@ class MaskedLayer(nn.Module):
         buffer, _ = self._installed or (None, None)
         if self._compiled is None or (self.weight_mask is buffer and optimizer_hook.mask_of(self.weight) is not None):
             self._derive()
-        else:  # tensors of a caller, for this pass: they are not written to
+        else:  # the caller's tensors, for this pass only: do not write to them
             with mode_of(self.weight):
                 self._adopt(self._compile())
 
     def _prepare_swap(self) -> None:
-        """Before torch gives tensors the content of others, if it is told to: `_derive` must follow."""
+        """Prepare for torch swapping the content of tensors, if that is enabled; `_derive` must follow."""
         if torch.__future__.get_swap_module_params_on_conversion():
-            optimizer_hook.unwatch(self.weight)  # torch cannot swap a tensor to which there are weak references
+            optimizer_hook.unwatch(self.weight)  # torch cannot swap a tensor that has weak references
             if self._installed is not None:
                 self._installed[1].detach()
 
@@ -310,7 +310,7 @@ class MaskedLayer(nn.Module):
         return self
 
     def _save_to_state_dict(self, *args: Any) -> None:
-        # Averaging and copying write the weight without a call of this layer, so it is zeroed here.
+        # Averaging and copying write the weight without calling this layer, so it is zeroed here.
         if type(self._parameters.get("weight")) is nn.Parameter:
             self._zero_pruned()
         super()._save_to_state_dict(*args)
@@ -321,7 +321,7 @@ class MaskedLayer(nn.Module):
         if not self.weight_mask.is_meta:  # else strict loading names the key that is missing
             state_dict[f"{prefix}weight_mask"] = mask
         if mask.shape == self.weight_mask.shape:
-            # Before the weight: assign=True replaces that, which applies the mask to the new one.
+            # Before the weight: assign=True replaces the weight, and the mask is then applied to the new one.
             with mode_of(self.weight), torch.no_grad():
                 self.weight_mask.copy_(mask)
         self._prepare_swap()
@@ -342,9 +342,14 @@ class MaskedLayer(nn.Module):
             self._derive()
 
 
+def masked_layers(model: nn.Module) -> dict[str, MaskedLayer]:
+    """The masked layers of a model by name; a layer with several names appears once, under the first."""
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, MaskedLayer)}
+
+
 @contextmanager
 def mode_of(weight: Tensor) -> Iterator[None]:
-    """Leave `torch.inference_mode` if the weight was made outside of it: tensors made here may be used in training."""
+    """Leave `torch.inference_mode` if the weight was made outside of it: training may use tensors made here."""
     if torch.is_inference_mode_enabled() and not weight.is_inference():
         with torch.inference_mode(False), torch.no_grad():
             yield
@@ -355,8 +360,8 @@ def mode_of(weight: Tensor) -> Iterator[None]:
 def _shared_state(module: nn.Module) -> dict[str, object]:
     """A module's attributes for the layer that replaces it.
 
-    Parameters are the same objects, and so are the tables of hooks, so that a hook can be removed by its old handle.
-    What `module.compile()` stored is left out: it calls that module.
+    Parameters and the tables of hooks are the same objects, so that an old handle can still remove its hook. What
+    `module.compile()` stored is left out, because it calls that module.
     """
     own = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
     state = {name: copy.copy(value) if name in own else value for name, value in module.__dict__.items()}

@@ -2,22 +2,21 @@
 
 The invariant: after each step, a weight is exactly 0 where the mask is false. A hook after the steps of all optimisers
 of the process zeroes it there. It does so after every step, because not every write by hand can be detected:
-`weight.data.copy_`, as averages of weights use it, counts in no version. Some optimisers move pruned weights anyway:
-`LBFGS`, by its history of steps before a mask changed, `Muon`, by products of matrices. On a CPU it takes 3 ms for the
-11 million weights of a ResNet-18, less than 1 % of an update of 64 images.
+`weight.data.copy_`, which averages of weights use, does not change the version. Some optimisers also move pruned
+weights themselves: `LBFGS` by its history from before a mask changed, `Muon` by products of matrices. On a CPU the hook
+takes 3 ms for the 11 million weights of a ResNet-18, less than 1 % of an update of 64 images.
 
-Gradients and the optimiser's state are 0 there too, so that momentum does not come back with a weight that another
-mask revives. SGD, Adam and other element-wise optimisers map such zeros to zeros, weight decay and momentum included
-(Rprop's step sizes are not 0, but they move no weight whose gradient is 0). So zeros have to be established before an
-optimiser's first step with a mask: after a model is sparsified or a mask changes in the middle of training, and after
-an optimiser's state is loaded or a weight was written to. A hook before the steps detects these cases. In compiled
-steps the hooks run uncompiled.
+Gradients and the optimiser's state are 0 there too, so that a weight which another mask revives does not get its old
+momentum back. SGD, Adam and other element-wise optimisers keep such zeros, also with weight decay and momentum (Rprop's
+step sizes are not 0, but they move no weight whose gradient is 0). So zeros are needed before an optimiser's first step
+with a mask: after a model is sparsified, a mask changes during training, an optimiser's state is loaded or a weight was
+written to. A hook before the steps detects these cases. In compiled steps the hooks run uncompiled.
 
-The gradient of a masked layer is exactly 0 where the mask is false, but others may read its weight: an attention that
-calls `F.linear(x, self.qkv.weight)`, a regulariser of the loss. So a hook on the weight masks each gradient as it
-arrives, before it is clipped or exchanged between processes, unless the layer's op alone has formed it.
+A masked layer's gradient is exactly 0 where the mask is false, but other code may read its weight: an attention that
+calls `F.linear(x, self.qkv.weight)`, or a regulariser in the loss. So a hook on the weight masks each gradient as it
+arrives, before it is clipped or exchanged between processes, unless only the layer's op computed it.
 
-A CUDA graph of an update keeps the masks that these hooks read, as no code would notice that they are freed.
+A CUDA graph of an update keeps the masks that these hooks read: a replay would not notice that they were freed.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ from sparse_adv.ops import cuda_graph
 from sparse_adv.ops.masked_conv2d_gradients import is_masked
 
 _masks = WeakTensorKeyDictionary()
-"""The mask of each masked weight. A changed mask is a new tensor, so that masks can be told apart by identity."""
+"""The mask of each masked weight. A changed mask is a new tensor, so masks can be compared by identity."""
 
 _hooks = WeakTensorKeyDictionary()
 """The handle of the hook that masks the gradients of each masked weight."""
@@ -50,14 +49,14 @@ _bits = WeakTensorKeyDictionary()
 """For each mask, integers as wide as its weights: all bits set where the mask is true, none where it is false."""
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""The integers of each number of bytes; there are none of the 16 bytes of complex128."""
+"""The integer dtype for each number of bytes; there is none for the 16 bytes of complex128."""
 
 _settled: WeakKeyDictionary[Optimizer, tuple[object, WeakTensorKeyDictionary]] = WeakKeyDictionary()
-"""Maps an optimiser to its state dictionary (loading makes a new one), and to the mask last applied to each weight,
-without what later masks have pruned, with the version of the weight after the last step."""
+"""For each optimiser: its state dictionary (loading makes a new one), and for each weight the mask applied last,
+reduced by later masks, and the weight's version after the last step."""
 
 _lock = Lock()
-"""For `_settled`: a mask changes in one thread while an optimiser makes its first step in another."""
+"""For `_settled`: a mask may change in one thread while an optimiser makes its first step in another."""
 
 
 def watch(weight: Tensor, mask: Tensor) -> None:
@@ -68,7 +67,7 @@ def watch(weight: Tensor, mask: Tensor) -> None:
     with _lock:
         for _, settled in _settled.values():
             applied, version = settled.get(weight, (mask, None))
-            if applied is not mask:  # a later mask may revive, before the next step, what this one prunes
+            if applied is not mask:  # before the next step, a later mask may revive what this one prunes
                 settled[weight] = mask & applied.to(mask.device), version
     _install_hook()
 
@@ -85,18 +84,18 @@ def unwatch(weight: Tensor) -> None:
 
 
 def mask_of(weight: Tensor) -> Tensor | None:
-    """The mask outside of which optimisers keep the weight at zero; None if they treat it as dense."""
+    """The mask by which optimisers keep the weight at zero; None if they treat the weight as dense."""
     mask: Tensor | None = _masks.get(weight)
     return mask
 
 
 def own_hooks(weight: Tensor) -> int:
-    """The number of hooks on the gradient of this weight that `watch` made."""
+    """How many hooks `watch` made on the gradient of this weight."""
     return int(weight in _hooks)
 
 
 def settle(optimizer: Optimizer) -> None:
-    """Zero weight, gradient and optimiser state outside the masks of this optimiser; skip masks applied before."""
+    """Zero this optimiser's weights, gradients and state outside of the masks, for masks that were not applied yet."""
     state, settled = _settled.get(optimizer, (None, None))
     if settled is None or state is not optimizer.state:
         settled = WeakTensorKeyDictionary()
@@ -107,11 +106,11 @@ def settle(optimizer: Optimizer) -> None:
             mask = _masks.get(weight)
             if mask is None:
                 continue
-            cuda_graph.keep(mask)  # the hook on the gradient may run in a thread of autograd, where nothing is kept
+            cuda_graph.keep(mask)  # the hook on the gradient may run in autograd's thread, where `keep` has no effect
             applied, version = settled.get(weight, (None, None))
             if applied is not mask:
                 _zero_outside(mask, [weight, weight.grad])
-                kept = mask if applied is None else applied  # what is revived starts at 0
+                kept = mask if applied is None else applied  # revived entries start at 0
                 _zero_outside(kept, optimizer.state.get(weight, {}).values())
             elif version != version_of(weight):  # the weight was written since the last step
                 _zero_outside(mask, [weight])
@@ -119,14 +118,14 @@ def settle(optimizer: Optimizer) -> None:
 
 
 def version_of(tensor: Tensor) -> object:
-    """What is equal until the tensor is written to; never for an inference tensor, which does not count its writes."""
+    """A value that is equal until the tensor is written to; never for an inference tensor, which counts no writes."""
     return object() if tensor.is_inference() else tensor._version
 
 
 def _mask_gradients_of(weight: Tensor) -> RemovableHandle:
     reference = ref(weight)
 
-    @unserializable_hook  # in another process the layer makes its own
+    @unserializable_hook  # in another process the layer makes its own hook
     def mask_gradient(gradient: Tensor) -> Tensor:
         weight = reference()
         mask = None if weight is None else _masks.get(weight)
@@ -134,7 +133,7 @@ def _mask_gradients_of(weight: Tensor) -> RemovableHandle:
             return gradient
         return gradient.masked_fill(~mask.to(gradient.device), 0)
 
-    # PyTorch takes a hook only while a gradient is required, which may be switched on later.
+    # PyTorch accepts a hook only while a gradient is required; that may be switched on later.
     required = weight.requires_grad
     try:
         return weight.requires_grad_().register_hook(mask_gradient)
@@ -144,7 +143,7 @@ def _mask_gradients_of(weight: Tensor) -> RemovableHandle:
 
 @torch.no_grad()
 def _zero_outside(mask: Tensor, values: Iterable[object]) -> None:
-    """Zero those of the values that are tensors of the mask's shape; an optimiser's state has scalars too."""
+    """Zero the values that are tensors of the mask's shape; an optimiser's state also has scalars."""
     cuda_graph.keep(mask)
     for value in values:
         if isinstance(value, Tensor) and value.shape == mask.shape:
@@ -165,7 +164,7 @@ def _zero_after_step(mask: Tensor, weight: Tensor) -> None:
 
 @functools.cache
 def _install_hook() -> None:
-    # As torch.compiler.disable, which would import torch._dynamo at once: 2.5 s.
+    # The same as torch.compiler.disable, but without importing torch._dynamo at once (2.5 s).
     @torch._disable_dynamo
     def before_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
         settle(optimizer)

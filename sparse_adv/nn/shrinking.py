@@ -1,6 +1,7 @@
-"""`shrink`: remove the channels that no kept weight feeds or reads; the smaller model computes the same function.
+"""`shrink`: remove the channels that no kept weight feeds or reads. The smaller model computes the same function.
 
-This kind of sparsity also makes the images between the layers smaller. The result is dense, and fast on every device.
+This kind of sparsity also makes the activations between the layers smaller. The result is dense, and fast on every
+device.
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ from sparse_adv.argument_types import check_count, checks_types
 from sparse_adv.kernels.layout import in_layout_of
 from sparse_adv.masks.channel_operations import BATCH_NORMS
 from sparse_adv.masks.dependency_graph import DependencyGraph, DependencyGroup, build_dependency_graph
-from sparse_adv.masks.layers import Layer, masks_by_module
+from sparse_adv.masks.layers import Layer, device_of, masks_by_module
 from sparse_adv.masks.same_function import check_same_function
 from sparse_adv.nn.conversion import densify, sparsify
-from sparse_adv.nn.masked_layer import MaskedLayer
+from sparse_adv.nn.masked_layer import masked_layers
 from sparse_adv.ops.arguments import read_pair
 
 log = logging.getLogger(__name__)
 
 _NOT_CONSTANT = math.nan
 _MANY = 0.1
-"""The share of the pruned filters above which a message tells of those that stay."""
+"""If more than this share of the pruned filters stays, a message says so."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,10 @@ class ShrinkResult:
     model: nn.Module
     """The smaller model."""
     widths: dict[str, tuple[int, int]]
-    """Number of output channels, before and after, of each layer whose output was traced."""
+    """Number of output channels before and after, for each layer whose output was traced."""
     retained: dict[str, int]
-    """Number of constant channels of a layer that could not be removed, if there are any: a constant other than 0 is
-    read by a convolution with zero padding, the width is fixed from outside, or it is rounded up to a multiple."""
+    """For each layer that has some, the number of constant channels that could not be removed: a convolution with zero
+    padding reads a constant other than 0, the width is fixed from outside, or it is rounded up to a multiple."""
 
 
 @checks_types
@@ -56,10 +57,11 @@ def shrink(
     """Remove the channels that are constant or that no layer reads, with all parameters that belong to them.
 
     A filter is removed with its bias, the BatchNorm channels after it, and the inputs of all layers that read it; a
-    residual sum keeps the union of the channels that its summands need. A constant other than 0 is added to the bias of
-    the layers that read it where that is exact: linear layers and convolutions without padding. Removed channels may
-    make others constant or unread, so this is repeated until nothing changes. In eval mode the function is unchanged up
-    to rounding; in training mode, too, if BatchNorm outputs 0 for the removed channels (`nn.zero_dead_channels`).
+    residual sum keeps the union of the channels that its summands need. If a constant other than 0 is read, its effect
+    is added to the reader's bias where that is exact: in linear layers and convolutions without padding. Removed
+    channels may make others constant or unread, so this is repeated until nothing changes. In eval mode the function is
+    unchanged up to rounding. So it is in training mode if BatchNorm outputs 0 for the removed channels
+    (`nn.zero_dead_channels`).
 
     Masks of whole filters come from `masks.prune(..., block="filter", example_input=images)`. The result is an
     ordinary model with Parameters of its own: make a new optimiser for it.
@@ -68,16 +70,16 @@ def shrink(
         model: dense or sparse; it is not changed.
         masks: bool masks keyed by module name; None takes those of a sparse model.
         example_input: a batch of the model's input, or the shape [N, C, H, W] of one.
-        multiple: widths are rounded up to multiples of this, as far as there are channels; 8 or more on a GPU.
+        multiple: widths are rounded up to multiples of this if there are enough channels; use 8 or more on a GPU.
 
     Returns:
         The small model, the widths, and the channels that could not be removed. Layers that still have pruned weights
-        are masked layers, all others plain ones.
+        are masked layers; all others are plain ones.
 
     Raises:
         TypeError: if a mask is not a bool tensor, or is for a module that is no Conv2d or Linear.
         ValueError: if torch.fx cannot trace the model, a mask does not fit its layer, multiple is not positive, or the
-            small model computes something else: each is compared with the whole one on the example input.
+            small model's output on the example input differs from the model's.
 
     Source: Lym et al., "PruneTrain" (SC 2019), section 3, for removal with a union at residual sums.
 
@@ -90,7 +92,7 @@ def shrink(
     """
     check_count("multiple", multiple, least=1)
     if masks is None:
-        masks = {name: m.weight_mask for name, m in model.named_modules() if isinstance(m, MaskedLayer)}
+        masks = {name: layer.weight_mask for name, layer in masked_layers(model).items()}
     small = densify(copy.deepcopy(model))
     own_masks = _checked(small, masks)
     with torch.no_grad():
@@ -119,10 +121,10 @@ def shrink(
 
 
 def _checked(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of the masks on their weights' devices, by the first name of each module, as in a traced graph.
+    """Copies of the masks on their weights' devices, under the first name of each module, as in a traced graph.
 
     Raises:
-        TypeError, ValueError: if `masks_by_module` does.
+        TypeError, ValueError: as for `masks_by_module`.
     """
     first_names = {module: name for name, module in model.named_modules()}
     return {
@@ -141,16 +143,16 @@ def _free(traced: DependencyGraph) -> list[DependencyGroup]:
 
 
 class _Constants(fx.Interpreter):
-    """Finds the channels of each activation that have the same value for every input.
+    """Finds the channels of each activation that are constant, that is, have the same value for every input.
 
     Runs the traced graph on tensors [1, C, 1, 1] that hold the value of each constant channel and NaN for all others.
-    NaN propagates through the model's operations, so that what depends on a channel that varies is NaN as well.
+    NaN propagates through the model's operations, so everything that depends on a varying channel is NaN too.
     """
 
     def __init__(self, model: nn.Module, traced: DependencyGraph, masks: Mapping[str, Tensor]) -> None:
         super().__init__(model, graph=traced.graph)
         self.traced, self.masks = traced, masks
-        self.device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        self.device = device_of(model)
         self.inputs: dict[str, Tensor] = {}
         """The constants that each convolution and linear layer reads, the same in all its calls."""
         self.outputs: dict[str, Tensor] = {}
@@ -165,7 +167,7 @@ class _Constants(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         kind = self.traced.kinds[n]
         if n not in self.traced.shapes:
-            # Not an image: a parameter has its value, and what is computed from images is unknown.
+            # No image: a parameter has its value, and results computed from images are unknown.
             return super().run_node(n) if n.op == "get_attr" else None
         width = self.traced.shapes[n][1]
         if kind in ("input", "unknown"):
@@ -183,7 +185,7 @@ class _Constants(fx.Interpreter):
         if not all(isinstance(operand, Tensor) and operand.numel() == width for operand in operands):
             return self._unknown(width)
         values = super().run_node(n)
-        # More values than channels: an operand of another shape was broadcast over pixels.
+        # More values than channels mean that an operand of another shape was broadcast over pixels.
         return values.view(1, -1, 1, 1) if values.numel() == width else self._unknown(width)
 
     def _of(self, node: object) -> Tensor:
@@ -226,7 +228,7 @@ class _Constants(fx.Interpreter):
 def _channels_to_keep(
     model: nn.Module, group: DependencyGroup, masks: Mapping[str, Tensor], constants: _Constants, multiple: int
 ) -> Tensor:
-    """bool [width]: the channels of a group that a reader needs, and further ones up to a multiple."""
+    """bool [width]: the channels of a group that a reader needs, and more of them up to a multiple."""
     needed = torch.zeros(group.width, dtype=torch.bool, device=constants.device)
     for name, features in group.consumers:
         layer = _module(model, name)
@@ -240,12 +242,12 @@ def _channels_to_keep(
 
 
 def _is_exact(layer: Layer) -> bool:
-    """Whether what a constant adds to the layer's outputs is one number for all pixels, which its bias can take."""
+    """Whether a constant adds the same number to all pixels of the layer's outputs, so that its bias can include it."""
     return isinstance(layer, nn.Linear) or not any(_padding(layer))
 
 
 def _stuck(model: nn.Module, group: DependencyGroup, masks: Mapping[str, Tensor], constants: _Constants) -> int:
-    """How many channels of a group are a constant other than 0 that a convolution with padding reads."""
+    """How many channels of a group are a nonzero constant that a convolution with padding reads."""
     stuck = torch.zeros(group.width, dtype=torch.bool, device=constants.device)
     for name, _ in group.consumers:
         layer = _module(model, name)
@@ -271,7 +273,7 @@ def _module(model: nn.Module, name: str) -> Any:
 
 
 def _mask_of(layer: Layer, name: str, masks: Mapping[str, Tensor]) -> Tensor:
-    """The layer's mask; without one all weights count, also those that are 0, because training may change them."""
+    """The layer's mask. Without a mask all weights count, even zeros, because training may change them."""
     return masks[name] if name in masks else torch.ones_like(layer.weight, dtype=torch.bool)
 
 

@@ -1,4 +1,4 @@
-"""`tune`: measure once which kernel is the faster one for each pass of each masked convolution."""
+"""`tune`: measure once which kernel is faster for each pass of each masked convolution."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ Choices = dict[str, LayerChoices]
 """The choices for each masked convolution, by its module name."""
 
 _HYSTERESIS = 0.95
-"""The kernel that the table chose is replaced only by one that takes less than this share of its time: differences
-within 5 % are mostly noise."""
+"""Another kernel replaces the table's choice only if it takes less than this share of its time: differences within 5 %
+are mostly noise."""
 
 
 @checks_types
@@ -40,17 +40,17 @@ def tune(
 
     Without it, a cost model fitted to measurements (on CUDA, a roofline) chooses. A choice is valid until the layer
     gets another mask or device; `deepcopy` and `pickle` copy it, and the `state_dict` does not contain it. Under
-    `torch.use_deterministic_algorithms(True)` choices are ignored. They have no effect where an attack takes Winograd's
-    filtering, which `engine.explain` shows. Layers with a sparse kernel are timed: those in float32 on the CPU, and
-    those with blocks of 32 or 64 channels on CUDA, which are timed in the dtype of the autocast around the call, under
-    CUDA graphs.
+    `torch.use_deterministic_algorithms(True)` choices are ignored. They have no effect where an attack uses Winograd's
+    filtering; `engine.explain` shows where. Layers with a sparse kernel are timed: layers in float32 on the CPU, and
+    layers with blocks of 32 or 64 channels on CUDA. On CUDA they are timed as CUDA graphs, in the dtype of the autocast
+    around the call.
 
     Args:
         model: a model with masked layers; it runs one forward pass, in eval mode.
         example_input: a batch of its input, or the shape [N, C, H, W] of one.
         choices: what an earlier call returned; it is applied and nothing is measured.
-        trials: how often each kernel is timed at most; the shortest time counts.
-        seconds: time limit for one pass of one layer, which is checked after two trials.
+        trials: greatest number of times that each kernel is timed; the shortest time counts.
+        seconds: time limit for one pass of one layer, checked from the second trial on.
 
     Returns:
         Plain data, by module name, then by pass ("forward", "grad_input", "grad_weight"): the "kernel" chosen, and the
@@ -114,7 +114,7 @@ def _measure(layer: MaskedConv2d, input: Tensor, output: Tensor, trials: int, se
     choices: LayerChoices = {}
     for name, run in _passes(layer, x, weight, padding, grad).items():
         patterns = {kernel: set_kernels(plain, **{name: kernel}) for kernel in ("sparse", "dense")}
-        # PyTorch goes on with the algorithm of cuDNN that it took first for a shape.
+        # PyTorch keeps the cuDNN algorithm that it used first for a shape.
         with fastest_convolutions(x.device):
             times = _race(run, patterns, trials, seconds)
         table = getattr(by_table, name).kernel
@@ -142,7 +142,7 @@ def _passes(
 def _race(
     run: Callable[[Pattern], Tensor], patterns: Mapping[str, Pattern], trials: int, seconds: float
 ) -> dict[str, float]:
-    """The shortest time of each. The kernels are timed in turns, so that other load on the machine affects both."""
+    """The shortest time of each kernel. They are timed in turns, so that other load on the machine affects both."""
     best = dict.fromkeys(patterns, float("inf"))
     end = time.perf_counter() + seconds
     clocks = {kernel: _clock(partial(run, pattern), pattern.mask.device) for kernel, pattern in patterns.items()}
@@ -171,7 +171,7 @@ def _graph_clock(run: Callable[[], Tensor], device: torch.device, calls: int = 1
     capturer = Capturer(device)
     capturer.run(run)
 
-    def repeat() -> None:  # its results are freed at once, so that one call's memory is enough
+    def repeat() -> None:  # results are freed at once, so the memory of one call is enough
         for _ in range(calls):
             run()
 
@@ -179,7 +179,7 @@ def _graph_clock(run: Callable[[], Tensor], device: torch.device, calls: int = 1
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def clock() -> float:
-        stream = torch.cuda.current_stream(device)  # which may not be the current device
+        stream = torch.cuda.current_stream(device)  # this device may not be the current one
         begin.record(stream)
         replay()
         end.record(stream)

@@ -25,7 +25,7 @@ except ImportError as error:
 
 
 def _load(path: Path) -> ctypes.CDLL:
-    """Load an op library and return it; warns if it was linked with an unwinder of its own.
+    """Load an op library and return it; warn if it was linked with its own unwinder.
 
     Its errors reach Python all the same (csrc/common/errors.h): none leaves the library as a C++ exception.
     """
@@ -49,7 +49,7 @@ except OSError as error:
 
 
 def _load_cuda_ops(torch_cuda: str | None) -> str:
-    """Load the CUDA ops; returns why they are not available, "" if they are."""
+    """Load the CUDA ops; return why they are not available, or "" if they are."""
     if torch_cuda is None:
         return "torch has no CUDA"
     if not host.cuda:
@@ -68,7 +68,7 @@ def _load_cuda_ops(torch_cuda: str | None) -> str:
 
 _no_cuda_ops = _load_cuda_ops(torch.version.cuda)
 IMPLEMENTATIONS = torch.library.Library("sparse_adv", "IMPL")
-"""The library with which implementations in Python are registered."""
+"""The library that implementations in Python are registered with."""
 
 
 def cuda_stand_in(op: str) -> Callable[[Callable[..., object]], None]:
@@ -141,7 +141,7 @@ def cpu_capability() -> str:
         >>> cpu_capability() in ("avx512", "avx2", "portable")
         True
     """
-    # Asked of the library whose kernels use it: both hold to what the variable said at the first call.
+    # Ask the library with the kernels, so that both go by the value that the variable had at the first call.
     function = _ops_cpu.sparse_adv_cpu_capability
     function.restype = ctypes.c_char_p
     return function().decode()
@@ -162,7 +162,7 @@ def build_facts() -> dict[str, str]:
 
 @cache
 def has_triton() -> bool:
-    """Whether Triton can be imported; a warning is logged once if not. It is imported when first needed."""
+    """Whether Triton can be imported; if not, a warning is logged once. It is imported when first needed."""
     try:
         import triton  # noqa: F401
     except ImportError as error:

@@ -13,7 +13,7 @@ from sparse_adv.kernels.layout import output_like
 from sparse_adv.kernels.tensor_checks import FLOATING
 from sparse_adv.ops import reference
 from sparse_adv.ops.arguments import check_flag, check_number, check_tensors, overlaps_itself
-from sparse_adv.ops.autograd import register_autograd
+from sparse_adv.ops.autograd import Saved, register_autograd
 from sparse_adv.ops.gate import empty_gate, gate_to_bool
 from sparse_adv.ops.transforms import is_transformed
 
@@ -37,30 +37,29 @@ def batch_norm_act(
         y = F.batch_norm(input, running_mean, running_var, weight, bias, training=True, momentum=momentum, eps=eps)
         y = (y + residual).relu()
 
-    where a residual that is None and relu=False are left out. About the mean is subtracted from each element first;
-    sums of at most a few hundred elements (on CUDA 256, then pairwise) are then added in float64, in the same order for
-    any number of threads.
-    Instead of the ReLU's output, one bit per element is kept for the backward pass; on a CPU with NCHW images forward
-    and backward read each tensor from memory once. It is implemented on the CPU and, with Triton, on CUDA.
-    It is differentiable any number of times; second derivatives are computed in plain PyTorch.
-    Under `torch.func` and forward-mode AD it is computed by this formula in plain PyTorch.
+    where the residual is left out if it is None, and the ReLU if relu is False. An estimate of the mean is first
+    subtracted from each element. Sums of at most a few hundred elements (256 on CUDA, then pairwise) are then added in
+    float64, in the same order for any number of threads. Instead of the ReLU's output, one bit per element is kept for
+    the backward pass; on a CPU, forward and backward read each tensor of NCHW images from memory once. It is
+    implemented on the CPU and, with Triton, on CUDA. It is differentiable any number of times; second derivatives are
+    computed in plain PyTorch. Under `torch.func` and forward-mode AD, plain PyTorch computes the formula above.
 
     Args:
-        input: float tensor [N, C, H, W]; of 16-bit images the arithmetic is float32.
+        input: float tensor [N, C, H, W]; 16-bit images are computed in float32.
         weight, bias: float tensors [C], or None for 1 and 0.
         running_mean, running_var: float tensors [C] that are updated as BatchNorm does, or None.
         residual: float tensor like input, or None.
         relu: whether to end with a ReLU.
-        momentum: share of the batch in the running statistics.
+        momentum: weight of this batch in the running statistics.
         eps: added to the variance.
 
     Returns:
         float tensor like input, NCHW or channels_last as the input is.
 
     Raises:
-        TypeError: if an operand is not a dense tensor, or an option not of its type.
-        ValueError: if a channel has one value only, which has no variance, running statistics do not fit the input
-            or require grad, or eps is not positive.
+        TypeError: if an operand is not a dense tensor, or an option has a wrong type.
+        ValueError: if a channel has only one value (a single value has no variance), if running statistics do not fit
+            the input or require grad, or if eps is not positive.
         RuntimeError: if a shape or dtype does not fit the input.
 
     Source: Ioffe and Szegedy 2015, "Batch Normalization", algorithms 1 and 2.
@@ -95,7 +94,7 @@ def batch_norm_act(
 
 
 class Statistics(NamedTuple):
-    """A layer's running statistics, and those of a batch by which they are updated."""
+    """A layer's running statistics, and the statistics of the batch that updates them."""
 
     running_mean: Tensor | None
     running_var: Tensor | None
@@ -110,7 +109,7 @@ class Statistics(NamedTuple):
 
 @torch.no_grad()
 def update_running_statistics(layers: Iterable[Statistics]) -> None:
-    """Update the running statistics of some layers, by three calls for all of them.
+    """Update the running statistics of several layers, in three calls for all of them together.
 
     running = (1 - momentum) * running + momentum * (mean, or the unbiased variance).
     """
@@ -129,7 +128,7 @@ def update_running_statistics(layers: Iterable[Statistics]) -> None:
 
 
 def _check_arguments(input: Tensor, residual: Tensor | None, vectors: dict[str, Tensor]) -> None:
-    """Check types, devices and running statistics; the op checks the rest, and is not given these statistics."""
+    """Check types, devices and the running statistics, which the op never sees; the op checks the rest."""
     others = vectors if residual is None else vectors | {"residual": residual}
     check_tensors(input=input, **others)
     for name, tensor in others.items():
@@ -190,10 +189,10 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, saved: Saved, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 6
-    input, weight, mean, var, gate = ctx.saved_tensors
+    input, weight, mean, var, gate = saved
     _, needs_residual, needs_weight, needs_bias, *_ = ctx.needs_input_grad
     gated = needs_residual and gate is not None
     of_input, of_weight, of_bias, of_residual = torch.ops.sparse_adv.batch_norm_act_grad(
@@ -216,8 +215,8 @@ def _setup_grad(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
     ctx.save_for_backward(grad, input, weight, gate)
 
 
-def _backward_grad(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    grad, input, weight, gate = ctx.saved_tensors
+def _backward_grad(ctx: Any, saved: Saved, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    grad, input, weight, gate = saved
     passes = None if gate is None else gate_to_bool(gate, input)
     factor = input.new_ones(input.shape[1]) if weight is None else weight
     outputs = 4 if ctx.needs_residual else 3
@@ -234,9 +233,9 @@ def _backward_grad(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
 def _gradients(
     grad: Tensor, input: Tensor, weight: Tensor, passes: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `batch_norm_act_grad` computes, as a formula of the operands alone.
+    """What `batch_norm_act_grad` computes, as a formula in the operands alone.
 
-    The statistics are computed again: those that the op got are functions of the input that autograd knows nothing of.
+    The statistics are computed again: those given to the op depend on the input, but autograd does not know how.
 
     Source: Ioffe and Szegedy 2015, "Batch Normalization", the gradients in section 3, simplified.
     """

@@ -1,6 +1,6 @@
-"""Calls as CUDA graphs: they are warmed up, captured and replayed, or refused with one sentence.
+"""Calls as CUDA graphs: warmed up, captured and replayed, or refused with one sentence.
 
-Attacks (`attacks.Graphs`) and whole updates of training (`training.captured`) have their graphs from here.
+Attacks (`attacks.Graphs`) and whole training updates (`training.captured`) get their graphs here.
 """
 
 from __future__ import annotations
@@ -27,33 +27,33 @@ Stages = Mapping[str, Callable[..., Any]]
 """The parts of a call in order, by name; each takes the inputs of the call, and the last one returns its result."""
 
 _kept: ContextVar[list[object] | None] = ContextVar("kept", default=None)
-"""What the graph of the call in progress needs; None outside of calls that are to be captured."""
+"""Objects that the graph of the call in progress needs; None outside of such a call."""
 
 
 class HoldsGraphs(Protocol):
-    """What holds graphs that it can capture again."""
+    """An object with graphs that it can capture again."""
 
     def forget(self) -> None:
         """Delete the graphs."""
 
 
 holders: WeakSet[HoldsGraphs] = WeakSet()
-"""All of the process: a capture that fails makes their graphs useless."""
+"""All holders in the process: a capture that fails makes their graphs useless."""
 
 _capturing = threading.RLock()
-"""Held during a capture: only one may be under way in a process, as PyTorch synchronises with the GPU before each."""
+"""Held during a capture: a process can make only one at a time, because PyTorch synchronises with the GPU before it."""
 
 _ATTEMPTS = 2
-"""Warm-ups in which the host may wait. In the first one the engine may check a model in a state that is new to it."""
+"""After this many warm-ups with a waiting host a call is refused. In the first one the engine may check a new model."""
 
 
 def inside_a_call() -> bool:
-    """Whether a call is in progress that is captured as a whole, so that no part of it may be captured on its own."""
+    """Whether a call that is captured as a whole is in progress, so that no part of it may be captured on its own."""
     return _kept.get() is not None
 
 
 def keep(value: object) -> None:
-    """Keep an object, such as memory that is used again, as long as the graph that is being captured, if one is."""
+    """During a capture, keep an object, such as reused memory, as long as the graph."""
     kept = _kept.get()
     if kept is not None:
         kept.append(value)
@@ -61,7 +61,7 @@ def keep(value: object) -> None:
 
 @contextmanager
 def part_of_a_call() -> Iterator[list[object]]:
-    """A context whose code is captured as a whole, or runs as it would if it were; yields what `keep` was given."""
+    """A context for code that is captured as a whole, or runs as if it were; yields the objects given to `keep`."""
     kept: list[object] = []
     token = _kept.set(kept)
     try:
@@ -78,7 +78,7 @@ def warn_of_refusal(what: str, reason: str) -> None:
 class Capturer:
     """Runs and captures calls on a CUDA stream of its own.
 
-    A call is captured after it has run once on that stream, so that libraries have allocated their workspaces for it:
+    A call is captured only after it has run once on that stream, so that libraries have allocated their workspaces:
     `capturer.run(call)`, then `replay = capturer.capture(call)`.
     """
 
@@ -86,18 +86,18 @@ class Capturer:
 
     def __init__(self, device: torch.device | None = None) -> None:
         self.stream = torch.cuda.Stream(device)
-        # All graphs share one memory pool: between replays only a graph's result must stay in memory.
+        # All graphs share one memory pool: between replays, only a graph's result needs to stay in memory.
         self.pool = torch.cuda.graph_pool_handle()
         self._graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
 
     @staticmethod
     def is_capturing() -> bool:
-        """Whether the present stream is being captured, by a graph of the user's: no other may begin then."""
-        # A torch without CUDA cannot be asked.
+        """Whether the user is capturing a graph on the present stream: then no other capture may begin."""
+        # torch without CUDA cannot answer the second question.
         return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
     def run(self, call: Callable[[], T]) -> T:
-        """Run a call on the stream of later captures, after the work queued on the current stream so far."""
+        """Run a call on the stream of later captures, after the work that the current stream has queued so far."""
         current = torch.cuda.current_stream(self.stream.device)
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
@@ -108,9 +108,9 @@ class Capturer:
         return result
 
     def warm_up(self, call: Callable[[], T]) -> tuple[T, bool]:
-        """Run a call, and return its result and whether it synchronised with the GPU, which no graph can capture.
+        """Run a call; return its result and whether it synchronised with the GPU, because then no graph can capture it.
 
-        A failed capture would show the same, but PyTorch does not recover from it completely: before 2.12 it could not
+        A failed capture would show the same, but PyTorch does not recover completely from one: before 2.12 it could not
         capture any graph afterwards (pytorch pull requests 171265 and 180395).
         """
         mode = torch.cuda.get_sync_debug_mode()
@@ -124,7 +124,7 @@ class Capturer:
         synchronises = False
         for warning in caught:
             synchronises |= "called a synchronizing CUDA operation" in str(warning.message)
-            if "ynchroniz" not in str(warning.message):  # excludes also the warning that the debug mode is a prototype
+            if "ynchroniz" not in str(warning.message):  # also drops this mode's prototype warning
                 warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
         return result, synchronises
 
@@ -134,7 +134,7 @@ class Capturer:
         generator = torch.cuda.default_generators[self.stream.device.index]
         state = generator.clone_state()
         if not self._graphs:
-            # PyTorch refuses to capture into a pool whose graphs are all gone while a tensor in it is alive.
+            # PyTorch refuses to capture into a pool that holds a live tensor but whose graphs are all gone.
             self.pool = torch.cuda.graph_pool_handle()
         try:
             # The outer context restores the current stream even if the capture cannot be ended. "thread_local" lets
@@ -173,27 +173,27 @@ class Call:
     keep_alive: object
     """Objects whose id or address is part of the key, so that no other object can get the same one."""
     facts: Any = None
-    """What the caller wants to know again when the call is replayed."""
+    """Facts that the caller needs again when the call is replayed."""
     inputs: Sequence[Tensor | None] = ()
     """Memory of the inputs that a replay reads."""
     replays: dict[str, Callable[[], Any]] = field(default_factory=dict)
-    """What replays each stage; empty before the capture."""
+    """Functions that replay each stage; empty before the capture."""
     has_run: bool = False
     attempts: int = 0
-    """Warm-ups in which the host waited for the GPU."""
+    """Number of warm-ups in a row in which the host waited for the GPU."""
     reason: str = ""
     """Why it cannot be captured."""
 
 
 class CallCache:
-    """The calls that were made last, each captured when it is made for the second time, and replayed from then on.
+    """The most recent calls. Each is captured when it is made for the second time, and replayed from then on.
 
     The results are those of the call itself, bit for bit, and always new tensors. A replay runs no Python code, and
-    reads and writes the same memory as the capture. So the key of a call must hold whatever its code depends on, but
-    the values of its inputs, which are copied; and whatever the host has to do at each call must be outside of it.
+    reads and writes the same memory as the capture. So the key of a call must hold everything that its code depends on,
+    except the values of its inputs, which are copied. What the host must do at every call belongs outside of the call.
 
     Args:
-        capacity: maximum number of calls; beyond it the one that was used least recently is forgotten.
+        capacity: maximum number of calls; beyond it, the least recently used call is forgotten.
         capturer: makes the graphs.
     """
 
@@ -234,16 +234,16 @@ class CallCache:
         phase: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext(),
         at_once: bool = False,
     ) -> Any:
-        """Make a call, by replaying it if possible; the first two times its stages run as they are.
+        """Make a call, by a replay if possible; the first two times its stages run without a graph.
 
         Args:
             call: from `find`.
-            what: the calls that a warning speaks of if this one cannot be captured.
-            stages: its parts, which are captured one by one. A stage may read what those before it have made.
-            inputs: of each stage. Those on the CPU are copied to the device, and the host does not wait for that.
+            what: how a warning names such calls if this one cannot be captured.
+            stages: its parts, which are captured one by one. A stage may read what earlier stages have made.
+            inputs: of each stage. Inputs on the CPU are copied to the device; the host does not wait for the copy.
             device: of the call.
             phase: entered around each stage with its name.
-            at_once: whether to capture it the first time, as it will be made again.
+            at_once: whether to capture the call the first time, because it is known to come again.
         """
         if call.replays:
             for memory, value in zip(call.inputs, inputs, strict=True):
@@ -264,7 +264,7 @@ class CallCache:
         if not (has_run or at_once):
             with part_of_a_call():
                 return _run_each(stages, inputs, phase, capturer.run)
-        # Warm-up and capture read the same memory: for another alignment libraries might choose other kernels.
+        # Warm-up and capture read the same memory: with another alignment, libraries might choose other kernels.
         own = [None if value is None else value.detach().clone() for value in inputs]
         result = self._warm_up(capturer, call, stages, own, phase)
         if not call.reason and not call.attempts:
@@ -302,17 +302,26 @@ class CallCache:
 
     @staticmethod
     def _capture(capturer: Capturer, call: Call, stages: Stages, memory: Sequence[Tensor | None]) -> None:
-        # Autocast caches casts of weights. The graph must not read casts made before it, which no replay would
-        # update, and no later code may read casts made in the capture, which have no values before a replay.
-        torch.clear_autocast_cache()
         try:
-            with part_of_a_call() as kept:
+            with without_cached_casts(), part_of_a_call() as kept:
                 replays = {name: capturer.capture(partial(stage, *memory)) for name, stage in stages.items()}
             call.inputs, call.replays, call.keep_alive = memory, replays, (call.keep_alive, kept)
-        except Exception as error:  # of any kind: the same call has just run without one
+        except Exception as error:  # any error: the same call has just run without one
             call.reason = first_cause(error)
-        finally:
-            torch.clear_autocast_cache()
+
+
+@contextmanager
+def without_cached_casts() -> Iterator[None]:
+    """A context for a capture, which reads no cast that autocast has cached, and leaves none behind.
+
+    No replay would update a cast that was made before the capture, and one that was made in it has no values before a
+    replay.
+    """
+    torch.clear_autocast_cache()
+    try:
+        yield
+    finally:
+        torch.clear_autocast_cache()
 
 
 def _run_each(
@@ -329,14 +338,14 @@ def _run_each(
 
 
 def _copied(result: Any) -> Any:
-    """A result in new memory: the next replay writes to its own again."""
+    """A result in new memory: the next replay overwrites the old."""
     if isinstance(result, Tensor):
         return result.clone()
     return tuple(map(_copied, result)) if isinstance(result, tuple) else result
 
 
 def _host_generators(device: str) -> tuple[object, ...]:
-    """The states of the random generators that are on the host: of Python, NumPy and, beside a GPU, PyTorch."""
+    """The states of the random generators on the host: of Python, NumPy and, if the device is a GPU, PyTorch."""
     _, words, position, *_ = np.random.get_state()
     states = random.getstate(), np.asarray(words).tobytes(), position
     return states if device == "cpu" else (*states, torch.get_rng_state().numpy().tobytes())

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from sparse_adv.ops.autograd import register_autograd
+from sparse_adv.ops.autograd import Saved, register_autograd
 from sparse_adv.ops.masked_conv2d_pattern import unflatten
 
 _OPS = torch.ops.sparse_adv
@@ -21,13 +21,13 @@ Gradients = tuple[Tensor | None, ...]
 """One for each argument of an op, None for constants."""
 
 _masked = WeakTensorKeyDictionary()
-"""Maps each gradient of a weight that an op here has formed to the mask outside of which it is 0, and its version."""
+"""Maps each weight gradient that an op here computed to its version and the mask outside of which it is 0."""
 
 
 def is_masked(gradient: Tensor, mask: Tensor) -> bool:
     """Whether a gradient of a weight is known to be 0 where the mask is false.
 
-    It is not known, and the result False, if autograd has added another gradient to it.
+    It is not known, so the result is False, if autograd has added another gradient to it.
     """
     return _mask_of(gradient) is mask
 
@@ -38,7 +38,7 @@ def _mask_of(gradient: Tensor) -> Tensor | None:
 
 
 def keep_known_through(cast: Tensor) -> None:
-    """Let the gradient of a weight be known to be masked, if that of its cast to another dtype is."""
+    """Mark the gradient of a weight as masked if the gradient of its cast to another dtype is known to be."""
 
     def carry(of_weight: tuple[Tensor | None, ...], of_cast: tuple[Tensor | None, ...]) -> None:
         if of_weight[0] is not None and of_cast[0] is not None:
@@ -74,8 +74,8 @@ def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(input, weight, scale, output if ctx.relu else None, *tensors)
 
 
-def _backward_forward(ctx: Any, grad: Tensor) -> Gradients:
-    input, weight, scale, output, *tensors = ctx.saved_tensors
+def _backward_forward(ctx: Any, saved: Saved, grad: Tensor) -> Gradients:
+    input, weight, scale, output, *tensors = saved
     needs, shape = _needs(ctx, _FORWARD), _shape_args(ctx)
     if ctx.relu:
         grad = torch.ops.aten.threshold_backward(grad, output, 0)
@@ -86,8 +86,8 @@ def _backward_forward(ctx: Any, grad: Tensor) -> Gradients:
     if needs["weight"] or needs["scale"]:
         grad_weight = _OPS.masked_conv2d_grad_weight(grad, input, tensors, *shape)
     if scale is not None and grad_weight is not None:
-        # The gradient of scale[k] is <grad[k], conv[k]> = <grad_weight[k], weight[k]>, as conv is linear in the weight;
-        # so the unscaled output need not be saved.
+        # The gradient of scale[k] is <grad[k], conv[k]> = <grad_weight[k], weight[k]>, because conv is linear in the
+        # weight. So the unscaled output need not be saved.
         mask = unflatten(tensors).mask
         grad_scale = torch.where(mask, grad_weight * weight, 0).sum((1, 2, 3))
         grad_weight = torch.where(mask, grad_weight * scale[:, None, None, None], 0)
@@ -108,8 +108,8 @@ def _setup_grad_input(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None
     ctx.save_for_backward(grad_output, weight, *tensors)
 
 
-def _backward_grad_input(ctx: Any, grad: Tensor) -> Gradients:
-    grad_output, weight, *tensors = ctx.saved_tensors
+def _backward_grad_input(ctx: Any, saved: Saved, grad: Tensor) -> Gradients:
+    grad_output, weight, *tensors = saved
     needs, shape = _needs(ctx, _GRAD_INPUT), _shape_args(ctx)
     grad_grad_output = grad_weight = None
     if needs["grad_output"]:
@@ -124,10 +124,10 @@ def _setup_grad_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
     ctx.save_for_backward(grad_output, input, *tensors)
 
 
-def _backward_grad_weight(ctx: Any, grad: Tensor) -> Gradients:
-    grad_output, input, *tensors = ctx.saved_tensors
+def _backward_grad_weight(ctx: Any, saved: Saved, grad: Tensor) -> Gradients:
+    grad_output, input, *tensors = saved
     needs, shape = _needs(ctx, _GRAD_WEIGHT), _shape_args(ctx)
-    # `grad` is the weight of the ops below, so the values that were packed for the layer's weight must not be read.
+    # `grad` is the weight of the ops below, so they must not read the values packed for the layer's weight.
     without_values = unflatten(tensors).without_values().flatten()
     grad_grad_output = grad_input = None
     if needs["grad_output"]:

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sparse_adv.ops.masked_conv2d_mask import block_grid
+
 _SIZES = (32, 64)
 
 
@@ -18,10 +20,11 @@ class LiveBlocks(NamedTuple):
     """
 
     rows: Tensor
-    """[tiles, 3]: for each tile of output channels (first channel, start, end), a slice of `blocks`; longest first."""
+    """[tiles, 3]: for each tile of output channels (first channel, start, end), its slice of `blocks`; longest
+    first."""
     blocks: Tensor
     """[n, 4]: (first output channel, first input channel counted over all groups, filter row, filter column) of each
-    block, in this order."""
+    block, sorted in this order."""
     grad_rows: Tensor
     """[tiles, 3]: the same as `rows` for each tile of input channels, with slices of `grad_order`."""
     grad_order: Tensor
@@ -29,7 +32,7 @@ class LiveBlocks(NamedTuple):
 
 
 def blocks_fit(block: Sequence[int], groups: int, mask_shape: Sequence[int]) -> bool:
-    """Whether there are Triton kernels for this block: 32 or 64 channels wide, one tap, and in one group."""
+    """Whether there are Triton kernels for this block: 32 or 64 channels wide, one tap, within one group."""
     out, into, *taps = block
     if out not in _SIZES or into not in _SIZES or any(size != 1 for size in taps):
         return False
@@ -41,7 +44,7 @@ def live_blocks(mask: Tensor, block: Sequence[int], groups: int = 1) -> LiveBloc
 
     Args:
         mask: bool tensor [K, C/groups, R, S] that obeys the block.
-        block: (bo, bi) or (bo, bi, 1, 1), one that `blocks_fit`.
+        block: (bo, bi) or (bo, bi, 1, 1), accepted by `blocks_fit`.
         groups: the convolution's groups.
 
     Returns:
@@ -54,7 +57,7 @@ def live_blocks(mask: Tensor, block: Sequence[int], groups: int = 1) -> LiveBloc
         tensor([[32,  0,  0,  0]], dtype=torch.int32)
     """
     out, into = block[:2]
-    grid = mask[::out, ::into]
+    grid = block_grid(mask, block)
     out_tile, in_tile, r, s = grid.nonzero().unbind(1)
     group = out_tile * out // max(mask.shape[0] // groups, 1)
     first_in = group * mask.shape[1] + in_tile * into

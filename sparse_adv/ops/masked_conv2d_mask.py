@@ -1,4 +1,4 @@
-"""Masks of a weight: what a valid mask is, and blocks of weights that a mask keeps or prunes as a whole."""
+"""Masks of a weight: which masks are valid, and blocks of weights that a mask keeps or prunes as a whole."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def obeys(mask: Tensor, block: Sequence[int]) -> bool:
     """Whether the mask keeps or prunes each block as a whole.
 
     Args:
-        mask: bool tensor [K, C/groups, R, S], or [K, C] of a linear layer, which counts as [K, C, 1, 1].
+        mask: bool tensor [K, C/groups, R, S], or [K, C] for a linear layer, which counts as [K, C, 1, 1].
         block: (bo, bi) or (bo, bi, br, bs), sizes not checked; blocks at an edge are smaller.
 
     Examples:
@@ -67,6 +67,16 @@ def check_obeys(mask: Tensor, block: Sequence[int]) -> None:
     """Raises ValueError unless the mask keeps or prunes each block as a whole."""
     if not obeys(mask, block):
         raise ValueError(f"mask does not obey block {tuple(block)}: some block is neither kept nor pruned as a whole")
+
+
+def block_grid(mask: Tensor, block: Sequence[int]) -> Tensor:
+    """Return a view with one element per block of a tensor that has the same value in each block.
+
+    Examples:
+        >>> block_grid(torch.tensor([[1, 1, 2]]), (1, 2))
+        tensor([[1, 2]])
+    """
+    return mask[tuple(slice(None, None, size) for size in block)]
 
 
 def expand_blocks(grid: Tensor, block: Sequence[int], shape: Sequence[int]) -> Tensor:

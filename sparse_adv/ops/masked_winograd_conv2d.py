@@ -1,4 +1,4 @@
-"""`masked_winograd_conv2d_out`, a convolution whose 3 x 3 filters are pruned as wholes and that multiplies less."""
+"""`masked_winograd_conv2d_out`, a convolution with fewer multiplications for 3 x 3 filters pruned as wholes."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from sparse_adv.ops.masked_conv2d_pattern import Pattern, check_fits, check_patt
 from sparse_adv.ops.written import check_written, mark_written, returns_nothing
 
 ELEMENTS = 36
-"""Of a transformed filter: 4 x 4 pixels of the output need 6 x 6 of the input."""
+"""Elements of a transformed filter: 4 x 4 pixels of the output need 6 x 6 of the input."""
 _OC_BLOCKS = 4, 2, 1
 
 
 class LiveFilters(NamedTuple):
-    """The filters of which a mask keeps weights: a CSR matrix with a row for each block of output channels."""
+    """The filters in which a mask keeps weights: a CSR matrix with a row for each block of output channels."""
 
     row_offsets: Tensor
     """int32 [ceil(K / oc_block) + 1]."""
@@ -42,13 +42,13 @@ class LiveWeight(NamedTuple):
 
 
 def live_filters(pattern: Pattern, transposed: bool = False) -> LiveFilters:
-    """List the filters of which a mask keeps weights; once per mask.
+    """List the filters in which a mask keeps weights; once per mask.
 
     Args:
         pattern: what `compile_pattern` returned for a mask [K, C, 3, 3], on the CPU. The first number of its block says
             how many output channels share a row.
         transposed: True for the convolution that gives the gradient of the input, from K channels to C; then the second
-            number of the block counts.
+            number of the block says how many channels share a row.
 
     Returns:
         The filters.
@@ -85,8 +85,8 @@ def live_filters(pattern: Pattern, transposed: bool = False) -> LiveFilters:
 def masked_winograd_conv2d_weight(weight: Tensor, pattern: Pattern, transposed: bool = False) -> LiveWeight:
     """Transform the live filters of a masked 3 x 3 convolution for `masked_winograd_conv2d_out`.
 
-    u = G (w * mask) G^T for each filter of which the mask keeps weights, with the matrix G of the source for tiles of
-    4 x 4 pixels: 4 times as many numbers as such filters have.
+    u = G (w * mask) G^T for each filter in which the mask keeps weights, with the source's matrix G for tiles of 4 x 4
+    pixels. The result has 4 times as many numbers as these filters.
 
     Args:
         weight: float32 tensor [K, C, 3, 3] on the CPU, in any layout; pruned entries count as 0.
@@ -119,7 +119,7 @@ def masked_winograd_conv2d_weight(weight: Tensor, pattern: Pattern, transposed: 
 
 
 def transform_filters(weight: Tensor, mask: Tensor, filters: LiveFilters, transposed: bool) -> LiveWeight:
-    """`masked_winograd_conv2d_weight` of a weight that fits, with the filters that are listed already."""
+    """`masked_winograd_conv2d_weight` for a weight that fits, with the filters listed before."""
     row_offsets, channels, oc_block = filters
     values = torch.ops.sparse_adv.masked_winograd_conv2d_weight(
         weight, mask, row_offsets, channels, oc_block, transposed
@@ -139,18 +139,18 @@ def masked_winograd_conv2d_out(
     out: Tensor,
     gate_out: Tensor | None = None,
 ) -> None:
-    """Convolve with the 3 x 3 filters that a mask keeps by Winograd's filtering, into memory that the caller provides.
+    """Convolve with the live 3 x 3 filters of a mask by Winograd's filtering, into memory that the caller provides.
 
     Equivalent, but for rounding, to::
 
         y = conv2d(input, w * mask, padding=padding) + bias[:, None, None] + residual
         out = y.relu() if relu else y.where(gate_to_bool(gate, out), 0)
 
-    where weight is `masked_winograd_conv2d_weight(w, pattern)`, and an operand that is None is left out. 4 times fewer
-    multiplications than `masked_conv2d` needs for filters that are kept as wholes, as blocks (bo, bi, 3, 3) are: that
-    is where it is worth while. The gradient of the input is the same op with transposed weights and padding 2 - p. The
-    rounding is that of `winograd_conv2d` with tile 4, and a value that is not finite reaches all pixels of its tile. It
-    is not differentiable.
+    where weight is `masked_winograd_conv2d_weight(w, pattern)`, and an operand that is None is left out. For filters
+    that are kept as wholes, as with blocks (bo, bi, 3, 3), it needs a quarter of the multiplications of
+    `masked_conv2d`. Only there is it worthwhile. The gradient of the input is the same op with transposed weights and
+    padding 2 - p. It rounds as `winograd_conv2d` with tile 4 does, and a value that is not finite reaches all pixels of
+    its tile. It is not differentiable.
 
     Args:
         input: contiguous float32 tensor [N, C, H, W] on the CPU.
@@ -162,8 +162,8 @@ def masked_winograd_conv2d_out(
         gate: uint8 tensor of the shape of `empty_gate(out)`, or None: makes the elements 0 whose bit is 0. Not with
             relu.
         out: contiguous float32 tensor [N, K, H + 2 padding - 2, W + 2 padding - 2] that is written.
-        gate_out: uint8 tensor of the shape of `empty_gate(out)`, or None, only with relu: receives a bit for each
-            element of out, which says whether the ReLU passes the gradient.
+        gate_out: uint8 tensor of the shape of `empty_gate(out)`, or None, only with relu: receives for each element of
+            out a bit that says whether the ReLU passes the gradient.
 
     Raises:
         TypeError: if an operand is not a dense tensor, or weight is not a `LiveWeight`.
@@ -206,6 +206,6 @@ returns_nothing("masked_winograd_conv2d_out")
 
 @register_flop_formula(torch.ops.sparse_adv.masked_winograd_conv2d_out)
 def _operations(input: Any, row_offsets: Any, channels: Any, values: Any, *args: Any, **_: Any) -> int:
-    """Those of a direct convolution with the filters that are kept."""
+    """The operations of a direct convolution with the filters that are kept."""
     out = args[-2]  # before gate_out
     return 2 * 9 * values[1] * values[2] * out[0] * out[2] * out[3]

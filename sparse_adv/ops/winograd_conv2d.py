@@ -1,4 +1,4 @@
-"""`winograd_conv2d`, a dense 3 x 3 convolution that multiplies less, and its two parts."""
+"""`winograd_conv2d`, a dense 3 x 3 convolution with fewer multiplications, and its two parts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from sparse_adv.kernels.layout import empty_in_layout_of
 from sparse_adv.ops.arguments import Pair, check_flag, check_integer, check_tensors
-from sparse_adv.ops.autograd import register_autograd
+from sparse_adv.ops.autograd import Saved, register_autograd
 from sparse_adv.ops.conv_geometry import read_padding
 from sparse_adv.ops.transforms import is_transformed
 from sparse_adv.ops.written import check_written, mark_written, returns_nothing
@@ -29,12 +29,12 @@ def winograd_conv2d(
 
         F.conv2d(input, weight, bias, padding=padding)
 
-    It works on channels_last images; others are copied. Of the multiplications of a convolution 1/4 (tile 4) or 1/2.25
-    (tile 2) are left, also for the two gradients. For operands of unit variance and 512 channels, divided by the root
-    of the number of terms, the greatest error is 1e-4 (tile 4) and 5e-6 (tile 2), where oneDNN's direct convolution has
-    1e-5. A value that is not finite, or whose sums with its neighbours are not, reaches all pixels of its tile. The
-    weights are transformed in every call; `winograd_conv2d_out` takes them transformed. Under `torch.func` and
-    forward-mode AD PyTorch convolves.
+    It works on channels_last images; others are copied. It takes 1/4 (tile 4) or 1/2.25 (tile 2) of the multiplications
+    of a direct convolution, also for the two gradients. For operands of unit variance and 512 channels, the greatest
+    error divided by the root of the number of terms is 1e-4 (tile 4) or 5e-6 (tile 2); oneDNN's direct convolution has
+    1e-5. A value that is not finite, or whose sums with its neighbours are not, reaches all pixels of its tile. Every
+    call transforms the weights; `winograd_conv2d_out` takes transformed weights. Under `torch.func` and forward-mode
+    AD, PyTorch convolves.
 
     Args:
         input: float32 tensor [N, C, H, W] on the CPU.
@@ -71,8 +71,8 @@ def winograd_conv2d(
 def winograd_conv2d_weight(weight: Tensor, tile: int = 4, transposed: bool = False) -> Tensor:
     """Transform the weights of a 3 x 3 convolution for `winograd_conv2d_out`.
 
-    u = G w G^T for each pair of channels, with the matrix G of the source. The result is (tile + 2)^2 / 9 times as
-    large as the weights, and output channels are rounded up to multiples of 32.
+    u = G w G^T for each pair of channels, with the source's matrix G. The result is (tile + 2)^2 / 9 times as large as
+    the weights, with output channels rounded up to a multiple of 32.
 
     Args:
         weight: float32 tensor [K, C, 3, 3] on the CPU, in any layout.
@@ -136,8 +136,8 @@ def winograd_conv2d_out(
         gate: uint8 tensor of the shape of `empty_gate(out)`, or None: makes the elements 0 whose bit is 0. Not with
             relu.
         out: float32 tensor [N, K, H + 2 padding - 2, W + 2 padding - 2], channels_last, that is written.
-        gate_out: uint8 tensor of the shape of `empty_gate(out)`, or None, only with relu: receives a bit for each
-            element of out, which says whether the ReLU passes the gradient.
+        gate_out: uint8 tensor of the shape of `empty_gate(out)`, or None, only with relu: receives for each element of
+            out a bit that says whether the ReLU passes the gradient.
 
     Raises:
         TypeError: if an operand is not a dense tensor.
@@ -176,7 +176,7 @@ def _(grad: Tensor, input: Tensor, padding: list[int], tile: int) -> Tensor:
     return input.new_empty(grad.shape[1], input.shape[1], 3, 3)
 
 
-# The two ops are closed under differentiation: each is linear in both operands, so that each gradient is one of them.
+# The two ops are closed under differentiation: both are linear in both operands, so each gradient is one of them.
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -184,15 +184,15 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(input, weight)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    input, weight = ctx.saved_tensors
+def _backward(ctx: Any, saved: Saved, grad: Tensor) -> tuple[Tensor | None, ...]:
+    input, weight = saved
     needs_input, needs_weight, needs_bias, *_ = ctx.needs_input_grad
     operators, other = torch.ops.sparse_adv, [2 - zeros for zeros in ctx.padding]
     grad_input = grad_weight = None
     if needs_input:
         grad_input = operators.winograd_conv2d(grad, weight, None, other, ctx.tile, not ctx.transposed)
     if needs_weight:
-        # Transposed, the roles of input and gradient are exchanged.
+        # If transposed, input and gradient exchange their roles.
         operands = (input, grad, other) if ctx.transposed else (grad, input, ctx.padding)
         grad_weight = operators.winograd_conv2d_grad_weight(*operands, ctx.tile)
     return grad_input, grad_weight, grad.sum((0, 2, 3)) if needs_bias else None, None, None, None
@@ -203,8 +203,8 @@ def _setup_grad_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
     ctx.save_for_backward(grad, input)
 
 
-def _backward_grad_weight(ctx: Any, of_weight: Tensor) -> tuple[Tensor | None, ...]:
-    grad, input = ctx.saved_tensors
+def _backward_grad_weight(ctx: Any, saved: Saved, of_weight: Tensor) -> tuple[Tensor | None, ...]:
+    grad, input = saved
     needs_grad, needs_input, *_ = ctx.needs_input_grad
     convolve, other = torch.ops.sparse_adv.winograd_conv2d, [2 - zeros for zeros in ctx.padding]
     of_grad = convolve(input, of_weight, None, ctx.padding, ctx.tile, False) if needs_grad else None
@@ -218,7 +218,7 @@ register_autograd("winograd_conv2d_grad_weight", _backward_grad_weight, _setup_g
 
 @register_flop_formula(torch.ops.sparse_adv.winograd_conv2d)
 def _operations(input: Any, weight: Any, *_: Any, out_shape: Any, **__: Any) -> int:
-    """Those of a direct convolution, as for PyTorch's."""
+    """The operations of a direct convolution, as for PyTorch's."""
     return 2 * 9 * weight[0] * weight[1] * out_shape[0] * out_shape[2] * out_shape[3]
 
 

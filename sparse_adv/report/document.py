@@ -1,10 +1,11 @@
-"""The report on some runs: a Markdown file with its figures, and a CSV file of all epochs."""
+"""The report on several runs: a Markdown file with its figures, and a CSV file of all epochs."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,13 +16,68 @@ from sparse_adv.json_files import JSON, flatten, to_json
 from sparse_adv.report import figures, measures, tables
 from sparse_adv.runs import Run, read
 
+log = logging.getLogger(__name__)
+
+MARKDOWN, CSV = "report.md", "report.csv"
+
+
+@checks_types
+def reportable(folders: Sequence[Path | str]) -> list[Run]:
+    """Read the runs that can be reported; log a warning for each other folder that says why it is left out.
+
+    Args:
+        folders: of the runs, finished or not; one that is given twice counts once. A folder that holds nothing but a
+            report is left out without a warning, so that `runs/*` may name it.
+
+    Raises:
+        FileNotFoundError: naming a folder that does not exist.
+        TypeError: if this is one path in place of a list.
+        ValueError: if there is no folder, or none that can be reported.
+
+    Examples:
+        >>> reportable([])
+        Traceback (most recent call last):
+        ...
+        ValueError: folders must name at least one run folder, got none
+    """
+    unique = {Path(folder).resolve(): Path(folder) for folder in folders}
+    if not unique:
+        raise ValueError("folders must name at least one run folder, got none")
+    runs: list[Run] = []
+    reasons: list[str] = []
+    for folder in unique.values():
+        if not folder.exists():
+            raise FileNotFoundError(f"there is no run folder {folder}")
+        if _holds_only_a_report(folder):
+            continue
+        try:
+            run = read(folder)
+            if not run.records:
+                raise ValueError(f"{folder} has no epochs yet: wait for the first")
+            runs.append(run)
+        except (OSError, ValueError) as error:
+            reasons.append(str(error))
+    if not runs:
+        raise ValueError("; ".join(reasons) or f"folders must name a run folder, got a report alone, {folder}")
+    for reason in reasons:
+        log.warning("left out of the report: %s", reason)
+    return runs
+
+
+def _holds_only_a_report(folder: Path) -> bool:
+    files = {each.name for each in folder.iterdir()} if folder.is_dir() else set()
+    figures = {name for name in files if name.endswith((".png", ".svg"))}
+    return {MARKDOWN, CSV} == files - figures
+
 
 @checks_types
 def report(folders: Sequence[Path | str], out: Path | str, *, level: float | None = None) -> str:
     """Write a report on runs: `report.md`, its figures, and `report.csv` with a row per run and epoch.
 
     Args:
-        folders: of the runs, finished or not; a folder that is given twice counts once.
+        folders: of the runs, finished or not; a folder that is given twice counts once. One whose run has no epoch
+            yet or a damaged file, or that holds no run, is left out with a warning; a folder of an earlier report is
+            left out without one.
         out: the folder to write to; an earlier report there is replaced.
         level: see `time_to`.
 
@@ -29,12 +85,11 @@ def report(folders: Sequence[Path | str], out: Path | str, *, level: float | Non
         The text of `report.md`.
 
     Raises:
-        FileNotFoundError: naming the folder that holds no run.
+        FileNotFoundError: naming a folder that does not exist.
         ModuleNotFoundError: if matplotlib is missing.
         NotADirectoryError: if `out` is a file.
         TypeError: if an argument is of another type, as one path in place of a list.
-        ValueError: if there is no folder, a run has no epoch yet, one of its files is damaged, or the level is not in
-            [0, 1].
+        ValueError: if there is no folder, all are left out, or the level is not in [0, 1].
 
     Examples:
         >>> import tempfile
@@ -53,14 +108,7 @@ def report(folders: Sequence[Path | str], out: Path | str, *, level: float | Non
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"{out} is a file: a report needs a folder")
-    unique = {Path(folder).resolve(): Path(folder) for folder in folders}
-    if not unique:
-        raise ValueError("folders must name at least one run folder, got none")
-    runs = [read(folder) for folder in unique.values()]
-    for run in runs:
-        if not run.records:
-            raise ValueError(f"{run.folder} has no epochs yet: wait for the first")
-
+    runs = reportable(folders)
     differences = measures.differences(runs)
     time_to = tables.time_to(runs, level)
     plots = {
@@ -83,11 +131,11 @@ def report(folders: Sequence[Path | str], out: Path | str, *, level: float | Non
         *(f"![{name}]({files[0].name})\n\n{name}, [as SVG]({files[1].name})" for name, files in plots.items() if files),
         "## How the runs were made",
         _settings(runs),
-        "All epochs: [report.csv](report.csv)",
+        f"All epochs: [{CSV}]({CSV})",
     ]
     text = "\n\n".join(section.rstrip("\n") for section in sections) + "\n"
-    write_text(out / "report.csv", _epochs(runs))
-    write_text(out / "report.md", text)
+    write_text(out / CSV, _epochs(runs))
+    write_text(out / MARKDOWN, text)
     return text
 
 
@@ -100,7 +148,7 @@ def _settings(runs: Sequence[Run]) -> str:
     keys = dict.fromkeys(key for each in settings for key in each)
     for key in keys:
         if any(other.startswith(f"{key}.") for other in keys):
-            continue  # "ticket" of a run without one, where another has "ticket.sha256"
+            continue  # "ticket" of a run without one, if another run has "ticket.sha256"
         values = ["" if each.get(key) is None else str(each[key]) for each in settings]
         if len(set(values)) == 1:
             common.append([key, values[0]])

@@ -36,19 +36,19 @@ STYLE: Any = {
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito 2008, distinguishable by colour-blind readers; without yellow, which is hard to see on white."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
-"""One marker more than there are colours, so that 56 curves differ in colour or marker."""
+"""One more marker than there are colours, so that 56 curves differ in colour or marker."""
 PHASES = {"search": "#999999", "attack": "#E69F00", "update": "#0072B2", "undone": "#CC79A7", "evaluation": "#DDDDDD"}
 
 
 def accuracy_curves(path: Path, runs: Sequence[Run]) -> list[Path]:
     """Draw robust and clean validation accuracy against time, epochs and MACs, with a curve per run.
 
-    Time and MACs are those of attacks and updates, with the ticket search before the run, whose end is a dotted line.
-    Searches are left out if there are other runs.
+    Time and MACs are those of attacks and updates, including the ticket search before the run; a dotted line marks its
+    end. Searches are left out if there are other runs.
 
     Args:
         path: of the files, without a suffix.
-        runs: finished or not; those without evaluations have no curve.
+        runs: finished or not; runs without evaluations have no curve.
 
     Returns:
         The PNG and the SVG file; none if no run was evaluated.
@@ -153,7 +153,7 @@ def _clean_accuracy(record: EpochRecord) -> float:
 
 @contextmanager
 def _figure(path: Path, height: float) -> Iterator[Figure]:
-    """A figure `height` inches high, which is written when the block ends."""
+    """A figure `height` inches high; it is written when the block ends."""
     try:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
@@ -164,7 +164,7 @@ def _figure(path: Path, height: float) -> Iterator[Figure]:
         figure = Figure(figsize=(WIDTH, height), layout="constrained")  # without pyplot: no window, no global state
         yield figure
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph .* missing from font")  # of a run's name: it is drawn as a box
+            warnings.filterwarnings("ignore", "Glyph .* missing from font")  # in a run's name: drawn as a box
             for file in _files(path):
                 with replacing(file) as draft:
                     figure.savefig(draft)
@@ -175,7 +175,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _legend(figure: Figure, axes: Axes, names: Sequence[str]) -> None:
-    """A legend below the axes, of the curves or bars that were drawn there in the order of their names."""
+    """A legend below the axes, for curves or bars that were drawn in the order of `names`."""
     texts = [f" {name}" for name in names]  # matplotlib leaves out names that begin with an underscore
     handles = axes.get_legend_handles_labels()[0]
     longest = max(len(line) for name in names for line in name.split("\n"))
@@ -185,5 +185,5 @@ def _legend(figure: Figure, axes: Axes, names: Sequence[str]) -> None:
 
 
 def _time_unit(seconds: float) -> tuple[float, str]:
-    """Seconds of the unit in which to show the longest time, and its name."""
+    """The unit in which to show the longest time: its seconds and its name."""
     return (1.0, "s") if seconds < 300 else (60.0, "min") if seconds < 3 * 3600 else (3600.0, "h")

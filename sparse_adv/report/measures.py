@@ -1,4 +1,4 @@
-"""Numbers of runs that tables and figures show."""
+"""The numbers of runs that tables and figures show."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sparse_adv.runs import best as best_epoch
 Unit = Literal["seconds", "macs"]
 UNITS: tuple[Unit, ...] = ("seconds", "macs")
 ACCURACY_SETTINGS = ("data.data", "data.limit", "data.validation", "train.eps", "train.norm", "train.evaluation_steps")
-"""Settings that decide on which images an accuracy is measured, and under which attack."""
+"""Settings that decide the images and the attack with which an accuracy is measured."""
 
 
 def amount(cost: Cost, unit: Unit) -> float:
@@ -27,7 +27,7 @@ def amount(cost: Cost, unit: Unit) -> float:
 
 
 def labels(runs: Sequence[Run]) -> list[str]:
-    """Return the names of runs; to equal names the last parts of the folder are added, as many as tell them apart."""
+    """Return the names of runs; equal names get as many last parts of their folders as needed to tell them apart."""
     names = [" ".join(run.name.split()) for run in runs]
     paths = [run.folder.resolve().parts for run in runs]
 
@@ -41,17 +41,18 @@ def labels(runs: Sequence[Run]) -> list[str]:
 
 
 def compared(runs: Sequence[Run]) -> list[Run]:
-    """Return the runs whose accuracies are compared: the training runs, or if there are none the searches.
+    """Return the runs whose accuracies are compared: the training runs, or the searches if there are no training runs.
 
-    A search is a part of the cost of the runs that train its ticket.
+    A search is part of the cost of the runs that train its ticket.
     """
     return [run for run in runs if run.info.kind == "train"] or list(runs)
 
 
 def differences(runs: Sequence[Run]) -> str:
-    """Return a sentence on the settings in which the accuracies of compared runs differ in meaning; "" if in none.
+    """Return a sentence on the settings that give the accuracies of compared runs different meanings; "" if there are
+    none.
 
-    Of the images of a run from Python nothing is known.
+    Nothing is known about the images of a run from Python.
     """
     known = [settings(run.info) for run in compared(runs)]
     values = {key: list(dict.fromkeys(each[key] for each in known if key in each)) for key in ACCURACY_SETTINGS}
@@ -62,7 +63,7 @@ def differences(runs: Sequence[Run]) -> str:
 def reference(runs: Sequence[Run]) -> Run:
     """Return the run that ratios refer to: the first dense one, else the first.
 
-    A run with a method is none, also while it has yet to prune.
+    A run with a method does not count as dense, even while it has yet to prune.
     """
     return next((run for run in runs if density(run).weights == 1 and run.info.method is None), runs[0])
 
@@ -70,7 +71,7 @@ def reference(runs: Sequence[Run]) -> Run:
 def density(run: Run) -> Density:
     """Return the densities of a run: those of the ticket of a finished search, else of the best epoch.
 
-    Without a best epoch they are those of the last, without epochs those that the run says it begins with.
+    Without a best epoch they are those of the last epoch; without epochs, those with which the run begins.
     """
     if isinstance(run.result, SearchResult):
         return run.result.density
@@ -79,7 +80,7 @@ def density(run: Run) -> Density:
 
 
 def total(run: Run) -> Cost:
-    """Return the cost so far, of the search before the run, attacks and updates; evaluations are not counted."""
+    """Return the cost so far: of the search before the run, attacks and updates, but not evaluations."""
     if run.result is not None:
         return run.result.total
     return run.records[-1].total if run.records else run.info.before
@@ -103,7 +104,7 @@ def phase_costs(run: Run) -> dict[str, Cost]:
     )
     phases = {"search": run.info.before, "attack": attack, "update": update}
     if undone(run):
-        # An epoch's record has the cost of its last attempt, the total has the cost of all.
+        # An epoch's record has the cost of its last attempt; the total has the cost of all attempts.
         rest, done = total(run), sum(phases.values(), Cost())
         phases["undone"] = Cost(max(0.0, rest.seconds - done.seconds), max(0, rest.macs - done.macs))
     if phases["search"] == Cost():
@@ -122,7 +123,7 @@ def best(run: Run) -> EpochRecord | None:
 
 
 def first_to_reach(run: Run, level: float) -> EpochRecord | None:
-    """Return the first record, of those that may be the result, of a robust validation accuracy of at least `level`."""
+    """Return the first record that may be the result and has a robust validation accuracy of at least `level`."""
     reached = (record for record in evaluated(run) if record.may_be_result and robust_accuracy(record) >= level)
     return next(reached, None)
 

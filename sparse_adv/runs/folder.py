@@ -42,9 +42,9 @@ TICKET = "ticket.safetensors"
 CONFIG = "config.yaml"
 LOCK = "run.lock"
 _PROGRESS = frozenset([EPOCHS, RESULT, LAST, BEST, STATE, IDENTITY, INITIAL, REWIND, TICKET])
-"""What a run writes once nothing has refused its network, images and settings."""
+"""Files that a run writes after its network, images and settings were accepted."""
 FILES = _PROGRESS | {INFO, CONFIG, LOCK}
-"""All that a run writes to its folder."""
+"""All files that a run writes to its folder."""
 
 
 @dataclass(frozen=True)
@@ -58,25 +58,25 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The name that the run was given, else the folder's."""
+        """The name given to the run, else the folder's."""
         return self.info.name or self.folder.resolve().name
 
 
 def begin(folder: Path, info: RunInfo) -> None:
-    """Write `run.json`, or check that the run in the folder has the same settings, which then stays as it is.
+    """Write `run.json`, or check that the run in the folder has the same settings; then the file is not changed.
 
-    Where `run.json` is all that a run has written, it is written anew: a call that was refused does not bind the next
-    one. A training run may be given more epochs than before, and the images may lie elsewhere; `resume` writes that
-    down, once digests have shown that it is the same run.
+    If `run.json` is the only file that a run has written, it is replaced: a refused call does not bind the next one. A
+    training run may get more epochs than before, and the images may lie elsewhere; `resume` records that, once digests
+    have shown that it is the same run.
 
     Args:
         folder: of the run; it is created if it does not exist.
-        info: of the run. A caller that has only a model and batches names no network: network, images, ticket and the
-            cost before are then those of the folder.
+        info: of the run. A caller that has only a model and batches names no network; then network, images, ticket and
+            earlier cost are taken from the folder.
 
     Raises:
-        ValueError: if the folder holds a run of other settings, naming the first three that differ, or of another
-            version of this library.
+        ValueError: if the folder holds a run with other settings, naming the first three that differ, or a run of
+            another version of this library.
         NotADirectoryError: if `folder` is a file.
         FileNotFoundError: if the run is to be extended and has lost its state, see `check_state`.
 
@@ -98,7 +98,7 @@ def begin(folder: Path, info: RunInfo) -> None:
     known, wanted = settings(begun), settings(info)
     differing = [key for key in {**known, **wanted} if known.get(key) != wanted.get(key)]
     if "data.data" in differing and any((folder / name).exists() for name in (STATE, IDENTITY)):
-        differing.remove("data.data")  # the digests there say whether these are the same images, wherever they are
+        differing.remove("data.data")  # the digests there show whether the images are the same, wherever they are
     epochs = begun.train.epochs
     if differing == ["train.epochs"] and info.kind == "train" and info.train.epochs > epochs:
         check_state(folder)
@@ -112,14 +112,14 @@ def begin(folder: Path, info: RunInfo) -> None:
 
 
 def resume(folder: Path, info: RunInfo) -> None:
-    """Bring `run.json` up to date with the call that goes on with its run, which `begin` and digests have accepted.
+    """Update `run.json` for the call that continues its run, after `begin` and digests have accepted the call.
 
     Name, place of the images, block and number of epochs become those of the call. The result of fewer epochs is kept
     under another name.
 
     Args:
         folder: of the run.
-        info: what `begin` was given; without a name, images or a block the run keeps its own.
+        info: as given to `begin`; without a name, images or a block, the run keeps its own.
 
     Examples:
         >>> import tempfile
@@ -142,10 +142,10 @@ def resume(folder: Path, info: RunInfo) -> None:
 
 
 def check_state(folder: Path) -> None:
-    """Check that a training run whose epochs are in a folder has the state there that it continues from.
+    """Check that a folder with epochs of a training run also has the state from which the run continues.
 
     Raises:
-        FileNotFoundError: if it has not. Begun anew it would mix its files with those of the earlier epochs.
+        FileNotFoundError: if it has not. A new beginning would mix its files with those of the earlier epochs.
 
     Examples:
         >>> import tempfile
@@ -163,7 +163,7 @@ def read(folder: Path | str) -> Run:
     """Read a run, finished or not.
 
     Raises:
-        FileNotFoundError: if the folder holds no run.
+        FileNotFoundError: if there is no run in the folder.
         ValueError: naming the file that is damaged or was written by another version of this library.
 
     Examples:
@@ -204,7 +204,7 @@ def of_weights(path: Path) -> Run | None:
 
 
 def is_file_of_run(path: Path) -> bool:
-    """Return whether a path is that of a file which a run writes to its folder.
+    """Return whether a path is a file that a run writes to its folder.
 
     Examples:
         >>> import tempfile
@@ -222,14 +222,14 @@ def _has_progress(folder: Path) -> bool:
 
 
 def _earlier_result(epochs: int | str) -> str:
-    """Name of the result of a run that was extended, from its number of epochs at that time."""
+    """Name for the earlier result of an extended run, from its number of epochs at that time."""
     return f"result_{epochs}.json"
 
 
 def best(records: Sequence[EpochRecord], config: TrainConfig) -> EpochRecord | None:
-    """Return the first epoch of the highest validation accuracy, robust unless training is natural; None if none is.
+    """Return the first epoch with the highest validation accuracy (robust, unless training is natural), or None.
 
-    Epochs after which a method has yet to prune the network are left out: they say that it may not be the result.
+    Epochs after which a method has yet to prune the network do not count: their `may_be_result` is False.
 
     Examples:
         >>> best([], TrainConfig()) is None

@@ -1,4 +1,4 @@
-"""What the files of a run say: its settings, an epoch, its result."""
+"""The contents of a run's files: its settings, an epoch, its result."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ NO_COST = Cost()
 class Density:
     """Fractions, in [0, 1], of weights and of their MACs that masks keep.
 
-    The record of an epoch counts all convolutions and linear layers, `RunInfo` and `SearchResult` those with masks.
+    The record of an epoch counts all convolutions and linear layers; `RunInfo` and `SearchResult` count those with
+    masks.
     """
 
     weights: float
@@ -57,7 +58,7 @@ class TicketSource:
 
 @dataclass(frozen=True)
 class UserCode:
-    """A class of the user's that takes part in a run, and its settings."""
+    """The user's own class that takes part in a run, and its settings."""
 
     name: str
     settings: dict[str, Any] = field(default_factory=dict)
@@ -72,16 +73,16 @@ class RunInfo:
     prune: PruneConfig | None = None
     """Configuration of the pruning; None unless the run is a search."""
     data: DataConfig | None = None
-    """None if the images are not read by this library; likewise `network`."""
+    """None if this library does not read the images; likewise `network`."""
     network: NetworkConfig | None = None
     ticket: TicketSource | None = None
     """None for a dense run."""
     method: MethodConfig | None = None
     """Configuration of a method that makes and changes the masks; None without one."""
     hook: UserCode | None = None
-    """An update hook of the user's; None without one."""
+    """The user's update hook; None without one."""
     objective: UserCode | None = None
-    """A training objective of the user's; None for the one that `train` names."""
+    """The user's training objective; None for the one that `train` names."""
     world_size: int = 1
     """Number of processes that share each batch."""
     deterministic: bool = field(default_factory=torch.are_deterministic_algorithms_enabled)
@@ -94,11 +95,11 @@ class RunInfo:
     input_shape: tuple[int, ...] | None = None
     """[C, H, W] of the images; None if it was not recorded."""
     class_names: tuple[str, ...] | None = None
-    """Names of the classes, in the order of their numbers; None where the images have none."""
+    """Names of the classes, in the order of their numbers; None if the images have none."""
     block: tuple[int, ...] | str | None = None
-    """Block of the masks that are trained, those of the method or the ticket; None without masks, or if unknown."""
+    """Block of the trained masks, from the method or the ticket; None without masks or if unknown."""
     extended: tuple[int, ...] = ()
-    """Numbers of epochs that the run was to have before it was extended to more, each with its own schedule."""
+    """The earlier numbers of epochs of an extended run, each with its own schedule."""
     software: Software = field(default_factory=software)
     machine: Machine = field(default_factory=machine)
 
@@ -123,12 +124,12 @@ class EpochRecord:
     device: str
     """Device on which this process ran the epoch."""
     total: Cost
-    """Cost of attacks and updates since the beginning of the run, with the search before it and undone epochs.
+    """Cost of attacks and updates since the beginning of the run, including the search before it and undone epochs.
 
     Evaluations are not counted."""
     attack: Cost
-    """Cost of the attacks of this epoch. MACs are those executed, with the kernels that the layers take; `update` and
-    `evaluation` likewise."""
+    """Cost of the attacks of this epoch. MACs are the executed ones, with the kernels of the layers; likewise in
+    `update` and `evaluation`."""
     update: Cost
     evaluation: Cost
     density: Density | None = None
@@ -147,15 +148,15 @@ class EpochRecord:
     """Accuracy of the weights in training, not of their average, under the attack of the overfitting monitor; None
     without monitor."""
     undone_accuracy: float | None = None
-    """`monitor_accuracy` of the last attempt at this epoch that was undone; None if none was."""
+    """`monitor_accuracy` of the last undone attempt at this epoch; None if none was undone."""
     bytes_sent: int | None = None
-    """Bytes of gradients that one process has sent since the run was started or continued; None with one process."""
+    """Bytes of gradients that one process has sent since the run started or continued; None with one process."""
     bytes_dense: int | None = None
     """`bytes_sent` if the gradients of pruned weights were sent too."""
     round: int | None = None
     """Round of a search, counted from 1."""
     mask_distance: float | None = None
-    """In a search with early stopping: fraction of positions in which the epoch's mask differs from earlier ones."""
+    """In a search with early stopping: fraction of positions in which the epoch's mask differs from earlier masks."""
 
     def __post_init__(self) -> None:
         if self.epoch < 1:
@@ -167,15 +168,15 @@ class EpochRecord:
 
 @dataclass(frozen=True)
 class TicketChecks:
-    """Invariants of a ticket that were verified, see `tickets.checks`; None where one does not apply."""
+    """Verified invariants of a ticket, see `tickets.checks`; None if one does not apply."""
 
     reset: bool | None = None
-    """The weights to begin with are bit for bit those of the initial or rewound network."""
+    """The weights to begin with equal those of the initial or rewound network, bit for bit."""
     pruned_weights_zero: bool | None = None
     nested: bool | None = None
     """No round kept a weight that an earlier round had pruned."""
     weights: int | None = None
-    """Number of weights under masks, of those kept, and of those that the configuration asks for."""
+    """Numbers of weights: under masks, kept, and requested by the configuration."""
     weights_kept: int | None = None
     weights_requested: int | None = None
     retained: tuple[float, float] | None = None
@@ -197,10 +198,10 @@ class TrainResult:
     """The end of a training run."""
 
     total: Cost
-    """Cost of the run, with that of the search that found the ticket."""
+    """Cost of the run, including the search that found the ticket."""
     checks: TicketChecks
     tested: Literal["best", "last"]
-    """The weights that were tested: those of the epoch with the best validation accuracy, or the last ones."""
+    """The tested weights: those of the epoch with the best validation accuracy, or the last ones."""
     tested_epoch: int
     validation_robust_accuracy: float | None
     """Robust validation accuracy of the tested weights; None without validation images."""

@@ -11,9 +11,9 @@ from sparse_adv import masks
 from sparse_adv.argument_types import checks_types
 from sparse_adv.masks.blocks import block_in, check_structure
 from sparse_adv.masks.layers import modules_by_name, owners, parameter_of
-from sparse_adv.masks.ticket import check_masks_fit
+from sparse_adv.masks.ticket import check_finite, check_masks_fit
 from sparse_adv.nn import dead_channels, sparsify, zero_dead_channels
-from sparse_adv.ops.masked_conv2d_mask import check_mask, expand_blocks, obeys
+from sparse_adv.ops.masked_conv2d_mask import block_grid, check_mask, expand_blocks, obeys
 
 
 @checks_types
@@ -22,14 +22,14 @@ def restore(
 ) -> nn.Module:
     """Turn a dense model, in place, into the sparse network of a ticket, before its training.
 
-    BatchNorm channels whose only input is a filter without any kept weight get weight and bias 0, and keep them in
-    training. (The paper's code does this by the order of modules, and also hits channels that a skip path feeds.)
+    BatchNorm channels whose only input is a filter without any kept weight get weight and bias 0, also during training.
+    (The paper's code goes by the order of modules, so it also hits channels that a skip path feeds.)
 
     Args:
         model: dense, of the architecture that the ticket was found in.
         ticket: from `tickets.search` or `masks.load_ticket`.
         example_input: a batch of the model's input, or the shape [N, C, H, W] of one; N = 1 is enough.
-        weights: whether to load the ticket's weights; False keeps the model's own, which is the control "same mask,
+        weights: whether to load the ticket's weights; False keeps the model's own weights, for the control "same mask,
             re-initialised".
 
     Returns:
@@ -37,8 +37,8 @@ def restore(
 
     Raises:
         TypeError: if a mask is not a bool tensor or is for a module of another kind than a convolution or linear layer.
-        ValueError: if the ticket is for another architecture, naming the first difference, or its masks do not fit, or
-            if the weights for the control are the ticket's.
+        ValueError: if the ticket is for another architecture, naming the first difference, or its masks do not fit, a
+            weight that it keeps is not finite, or if the weights for the control are the ticket's.
 
         In each case the model is unchanged.
 
@@ -51,8 +51,9 @@ def restore(
     own = model.state_dict()
     check_masks_fit(ticket.masks, ticket.state_dict)
     _check_architecture(own, ticket.state_dict)
-    dead_channels(model, ticket.masks, example_input)  # what is wrong with the masks or the input is found here
+    dead_channels(model, ticket.masks, example_input)  # finds errors in the masks or the input
     if weights:
+        check_finite(ticket.masks, ticket.state_dict)
         before = {key: value.clone() for key, value in own.items()}
         model.load_state_dict(ticket.state_dict)
     else:
@@ -102,14 +103,16 @@ def shuffle(
     Args:
         ticket_masks: bool masks by module name.
         seed: of the permutations.
-        block: what was kept or pruned together, as in `masks.prune`; `tickets.block_of(ticket)` if a search found the
-            ticket or a run trained it. None takes for each layer the largest block with a kernel that its mask obeys.
-        model: the model that the masks are for, in which layers that share a weight get one mask, and "channel" is that
-            of grouped convolutions; None permutes each mask by itself.
+        block: the weights that were kept or pruned together, as in `masks.prune`; `tickets.block_of(ticket)` if a
+            search found the ticket or a run trained it. None takes, for each layer, the largest block with a kernel
+            that the layer's mask obeys.
+        model: the model that the masks are for. Layers that share a weight then get one mask, and "channel" takes
+            grouped convolutions into account. None permutes each mask by itself.
 
     Returns:
         Masks of the same shapes with the same blocks and numbers of kept weights. Blocks at an edge of a layer can be
-        smaller; they change places only among blocks of their size, so that the number of kept weights stays the same.
+        smaller; they change places only with blocks of the same size, so that the number of kept weights stays the
+        same.
 
     Raises:
         TypeError: if a mask is not a bool tensor.
@@ -150,7 +153,7 @@ def _shuffled(mask: Tensor, block: Sequence[int], generator: torch.Generator) ->
     for region in _regions(mask.shape, block):
         part = new[region]
         sizes = [min(size, length) for size, length in zip(block, part.shape, strict=False)]
-        grid = part[tuple(slice(None, None, size) for size in sizes)]  # one element of each block
+        grid = block_grid(part, sizes)
         order = torch.randperm(grid.numel(), generator=generator, device="cpu").to(mask.device)
         permuted = grid.reshape(-1)[order].view(grid.shape)
         new[region] = expand_blocks(permuted, sizes, part.shape)
@@ -158,7 +161,7 @@ def _shuffled(mask: Tensor, block: Sequence[int], generator: torch.Generator) ->
 
 
 def _regions(shape: Sequence[int], block: Sequence[int]) -> list[tuple[slice, ...]]:
-    """The regions of a layer that hold blocks of one size: the inner part, and the edges, where blocks are cut off."""
+    """The regions of a layer with blocks of one size: the inner part, and the edges, where blocks are cut off."""
     regions: list[tuple[slice, ...]] = [()]
     for length, size in zip(shape, block, strict=False):
         inner = length - length % size

@@ -20,7 +20,7 @@ from sparse_adv.masks.algebra import of_distinct_weights
 from sparse_adv.masks.dependency_graph import dependency_groups
 from sparse_adv.masks.ticket import check_masks_fit
 from sparse_adv.nn import densify, mac_density, sparsify
-from sparse_adv.nn.masked_layer import MaskedLayer
+from sparse_adv.nn.masked_layer import masked_layers
 from sparse_adv.runs import NO_COST, Cost, Density, EpochRecord, RunInfo, SearchResult, TicketChecks
 from sparse_adv.tickets import checks
 from sparse_adv.tickets.early_stopping import EarlyStopping, check_threshold
@@ -52,33 +52,34 @@ def search(
     on_epoch: Callable[[EpochRecord], object] | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> masks.Ticket:
-    """Find a ticket: train the dense model cheaply, prune it, and return to the initial weights, or keep the trained.
+    """Find a ticket: train the dense model cheaply, prune it, and return to the initial weights or keep the trained
+    ones.
 
-    With a folder, a search that was stopped continues when it is called again, and a finished one returns at once.
+    With a folder, a stopped search continues when it is called again, and a finished one returns at once.
 
     Args:
-        model: a dense model with its initial weights, which it has again after the search, BatchNorm included.
+        model: a dense model with its initial weights; after the search it has them again, including BatchNorm.
         batches, validation, on_step: as in `training.train`.
-        train_config: of the training in each round; the paper takes a small constant learning rate without warm-up.
+        train_config: of the training in each round; the paper uses a small constant learning rate without warm-up.
         prune_config: of the pruning; None for the paper's, one-shot to density 0.2.
         folder: as in `training.train`; it gets a folder for each round, and at the end `ticket.safetensors` and
             `result.json`.
-        metadata: JSON object for the ticket's provenance, such as network and data, to which a `SearchRecord` is added.
+        metadata: JSON object for the ticket's provenance, such as network and data; a `SearchRecord` is added to it.
         on_epoch: called with the record of each epoch after it is saved; epochs are counted through all rounds.
 
     Returns:
         The ticket; `tickets.restore(model, ticket, images)` makes the sparse network. Its weights are those before the
-        first update, or after update `rewind_step`, or with `keep_weights` those at the end of the last round, with
-        the statistics of BatchNorm: not the moving average that `ema_decay` asks for. With `permute_channels` they are
-        in another order of channels, in which the network computes the same function.
+        first update, or after update `rewind_step`, or with `keep_weights` those at the end of the last round, always
+        with the statistics of BatchNorm. They are never the moving average that `ema_decay` asks for. With
+        `permute_channels` their channels have another order, in which the network computes the same function.
 
     Raises:
         BlockingIOError: if another process writes to the folder.
         FileNotFoundError: if an unfinished round in the folder has epochs, but not the state to continue from, or if
-            the folder was deleted or replaced while the search went on.
-        ValueError: before any training, if the model has masks, `prune_config` does not fit it, `metadata` are no JSON
-            data or have a key of `SearchRecord`, or the folder holds another search: of other settings, initial weights
-            or images.
+            the folder was deleted or replaced during the search.
+        ValueError: before any training, if the model has masks, `prune_config` does not fit it, `metadata` are not JSON
+            data or have a key of `SearchRecord`, or the folder holds another search: one with other settings, initial
+            weights or images.
         TicketInvariantError: if an invariant of `tickets.checks` does not hold.
 
     Source: Li et al., "Towards practical lottery ticket hypothesis for adversarial training" (arXiv 2003.05733),
@@ -101,7 +102,7 @@ def search(
     if seen is not None:
         check_evaluable("validation", seen, model)
     folder = None if folder is None else Path(folder)
-    if folder is None or not (folder / runs.IDENTITY).exists():  # one that was begun here may have left its masks
+    if folder is None or not (folder / runs.IDENTITY).exists():  # a search that began here may have left its masks
         _check_dense(model)
     lock = begin(folder, RunInfo("search", train_config, prune_config.named(), world_size=distributed.world_size()))
     if folder is not None:
@@ -122,24 +123,24 @@ def search(
 def check_fits(
     model: nn.Module, batches: Batches, train_config: TrainConfig, prune_config: PruneConfig
 ) -> tuple[int, ...] | None:
-    """Check that a search can prune and rewind a model, before anything is trained or written; `search` does so itself.
+    """Check before any training or writing that a search can prune and rewind a model; `search` does so itself.
 
     Args:
         model, batches, train_config, prune_config: as in `search`.
 
     Returns:
-        Shape [1, C, H, W] of the images that the search trains on; None if there is no batch, or no need to know.
+        Shape [1, C, H, W] of the images that the search trains on; None if there is no batch or it is not needed.
 
     Raises:
-        TypeError: if the batches have no length, where the number of updates matters.
+        TypeError: if the batches have no length, but the number of updates matters.
         ValueError: if the configuration of the pruning does not fit the model or the training, or a module of the model
-            has extra state, which a ticket cannot hold.
+            has extra state, because a ticket cannot hold that.
 
     Examples:
-        >>> check_fits(nn.Linear(4, 2), [], TrainConfig(), PruneConfig(density=2))
+        >>> check_fits(nn.Linear(4, 2), [], TrainConfig(), PruneConfig(score="taylor"))
         Traceback (most recent call last):
         ...
-        ValueError: density must be a number in [0, 1], got 2.0
+        ValueError: score must be a function or one of magnitude, relative_magnitude, got 'taylor'
     """
     check_masks_fit({}, model.state_dict())
     # A score function may need results of the training, so it is not called here.
@@ -201,12 +202,12 @@ class _Search:
             self.checks = replace(self.checks, reset=True)
         self.model.load_state_dict(self.initial)
         provenance = self._provenance()
-        log.info("found a ticket of density %.3f in %.1f s", provenance["density"], self.cost.seconds)
+        log.debug("found a ticket of density %.3f in %.1f s", provenance["density"], self.cost.seconds)
         ticket = masks.Ticket(self.masks, start, provenance | metadata)
         return self._saved(ticket, self.folder)
 
     def _round(self, number: int) -> None:
-        """Train, then prune; a round that was finished in an earlier call is read from its ticket."""
+        """Train, then prune; if an earlier call finished the round, read it from its ticket."""
         folder = self.folder / f"round_{number}" if self.folder is not None else None
         if folder is not None and (folder / runs.TICKET).exists():
             return self._restore(folder)
@@ -266,25 +267,25 @@ class _Search:
         if step == self.prune_config.rewind_step:
             if self.folder is not None and distributed.rank() == 0:
                 self.lock.check()
-                # One that is there was written in an epoch that was undone or not finished.
+                # An existing file is from an epoch that was undone or never finished.
                 (self.folder / runs.REWIND).unlink(missing_ok=True)
             state = copy.deepcopy(dict(self.model.state_dict()))
             names = [name for name, buffer in self.model.named_buffers() if buffer.is_floating_point()]
-            # Within an epoch each process has the statistics of its own images.
+            # During an epoch each process has the statistics of its own images.
             distributed.average_each([state[name] for name in names if name in state])
             self._begin = self._first_version(runs.REWIND, state)
         if self.on_step:
             self.on_step(step)
 
     def _start(self) -> dict[str, Tensor]:
-        """The weights with which each round after the first, and the training of the ticket, begin."""
+        """The weights at the beginning of each round after the first, and of the ticket's training."""
         if self._begin is None:  # an early stop, or fewer updates where an epoch of `free` was undone
             step = self.prune_config.rewind_step
             raise ValueError(f"rewind_step must be an update of the first round, which did not make it, got {step}")
         return self._begin
 
     def _first_version(self, name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Write weights to a file and return a copy; where an earlier call wrote the file, return its weights."""
+        """Write weights to a file and return a copy; if an earlier call wrote the file, return the file's weights."""
         if self.folder is None:
             return copy.deepcopy(dict(state_dict))
         path = self.folder / name
@@ -312,12 +313,12 @@ class _Search:
         record = record_of(ticket, folder / runs.TICKET)
         self.masks, self._begin = ticket.masks, ticket.state_dict
         self.records, self.cost, self.checks = record.epochs, record.cost, record.checks
-        if (folder / runs.STATE).exists():  # from which a DataLoader's own generator goes on
+        if (folder / runs.STATE).exists():  # a DataLoader's own generator continues from it
             state = read_state(folder / runs.STATE, torch.device("cpu"), ["generators"])
             random_numbers.load_states(self.batches, state["generators"][distributed.rank()], self.model)
 
     def _saved(self, ticket: masks.Ticket, folder: Path | None) -> masks.Ticket:
-        """The ticket as it is read back from the folder, after rank 0 has written it."""
+        """The ticket, read back from the folder after rank 0 has written it."""
         if folder is None:
             return ticket
         if distributed.rank() == 0:
@@ -330,7 +331,7 @@ class _Search:
 def _prune(
     model: nn.Module, config: PruneConfig, number: int, before: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """The masks at the end of a round, counted from 1, within those of the round before."""
+    """The masks at the end of a round (counted from 1), within the masks of the round before."""
     return masks.prune(
         model,
         density=config.density_of_round(number),
@@ -343,7 +344,7 @@ def _prune(
 
 
 def _channel_permutation(model: nn.Module, config: PruneConfig, shape: Sequence[int]) -> masks.ChannelPermutation:
-    """The order of a trained dense model's channels in which the blocks of the last round keep the highest scores."""
+    """The order of a trained dense model's channels with which the blocks of the last round keep the highest scores."""
     return masks.permute_channels(
         model, config.density, config.block, shape, scope=config.scope, score=config.score, linear=config.linear
     )
@@ -369,13 +370,12 @@ def _write_result(folder: Path, lock: FolderLock, ticket: masks.Ticket, model: n
 
 
 def _check_dense(model: nn.Module) -> None:
-    masked = [name for name, module in model.named_modules() if isinstance(module, MaskedLayer)]
-    if masked:
+    if masked := list(masked_layers(model)):
         raise ValueError(f"model must be dense, got a mask in {masked[0]!r}: call densify(model) first")
 
 
 def _check_same(folder: Path, model: nn.Module, own: identity.Identity) -> None:
-    """Raises ValueError if the folder holds a search of another network or other images; a new one is described."""
+    """Raises ValueError if the folder holds a search of another network or other images; describes a new search."""
     path = folder / runs.IDENTITY
     if not path.exists():
         of_ranks = distributed.collect(own)
@@ -385,7 +385,7 @@ def _check_same(folder: Path, model: nn.Module, own: identity.Identity) -> None:
         return
     of_ranks = read_state(path, torch.device("cpu"), ["identity"])["identity"]
     begun: identity.Identity = of_ranks[distributed.rank()]
-    if identity.was_interrupted(model, folder):  # in the middle of a round, in which the network has masks
+    if identity.was_interrupted(model, folder):  # in the middle of a round, when the network has masks
         own = own | {"network": begun["network"]}
     identity.check_same(folder, own, begun, model)
 

@@ -1,8 +1,9 @@
-"""The device work of an update as CUDA graphs, which the host launches without running any of its Python code.
+"""The device work of an update as CUDA graphs: the host launches them without running the update's Python code.
 
-An update is two graphs that are launched one after the other: crafting the images, and the training step on them. Two,
-because the seconds of the attack and of the rest are recorded separately. What differs from update to update is copied
-into memory of the graphs: the batch, the Philox key of the random start and the numbers of the schedules.
+An update is two graphs that are launched one after the other: crafting the images, and the training step on them. There
+are two because the seconds of the attack and of the rest are recorded separately. Values that differ from update to
+update are copied into the graphs' memory: the batch, the Philox key of the random start and the numbers of the
+schedules.
 """
 
 from __future__ import annotations
@@ -28,15 +29,15 @@ if TYPE_CHECKING:
 
 
 _MISSES = 16
-"""Updates in succession of which none was like an earlier one, after which no more are captured."""
+"""After this many updates in a row without one that is like an earlier one, capturing is given up."""
 
 
 class CapturedUpdates:
     """Captures and replays the updates of a run; where that is impossible, one warning says why.
 
     Args:
-        updater: whose updates these are.
-        cache: of the calls that are captured.
+        updater: makes the updates.
+        cache: holds the captured calls.
         wanted: whether to capture at all.
     """
 
@@ -44,7 +45,7 @@ class CapturedUpdates:
         self._updater, self._cache, self._wanted = updater, cache, wanted
         self._misses = 0
         self._repeated: set[Hashable] = set()
-        """The kinds of update that were captured, with masks or a state that may be no more."""
+        """The kinds of update that were captured, also with masks or a state that no longer exist."""
 
     def run(
         self,
@@ -92,22 +93,23 @@ class CapturedUpdates:
         )
         if call.replays:
             self._repeated.add(kind)
-        # After a capture they lie in the pool, where other graphs write; before a replay they are of an older update.
+        # After a capture, gradients lie in the pool, where other graphs write; before a replay they are from an older
+        # update.
         updater.optimizer.zero_grad()
         if call.reason:
             self._give_up()
         return result
 
     def forget(self) -> None:
-        """Delete all graphs: they are of a model, an optimiser or masks that are no more."""
+        """Delete all graphs, because their model, optimiser or masks no longer exist."""
         self._cache.clear()
 
     def _give_up(self) -> None:
         self._wanted = False
-        self._updater.restart_scaler()  # the capture may have ended in the middle of a step
+        self._updater.restart_scaler()  # the capture may have failed in the middle of a step
 
     def _key(self, kind: Hashable, objective: TrainingObjective, numbers: Numbers) -> tuple[Hashable, object]:
-        """All that the code of an update depends on, and the objects whose ids and addresses this holds."""
+        """Everything that the code of an update depends on, and the objects whose ids and addresses are in it."""
         updater = self._updater
         of_model, keep_alive = key_of_model(updater.model, updater.device.type)
         state = state_of(objective)
@@ -129,7 +131,7 @@ class CapturedUpdates:
 
 
 def _tensors_of(updater: Updater) -> Iterator[Tensor]:
-    """What an update writes beside the model: the optimiser's state and the moving average."""
+    """The tensors that an update writes besides the model: the optimiser's state and the moving average."""
     for state in updater.optimizer.state.values():
         yield from (value for value in state.values() if isinstance(value, Tensor))
     if updater.ema is not None:
@@ -142,7 +144,7 @@ def _accumulation_hooks(parameter: Tensor) -> int:
 
 
 def _reason_against(updater: Updater, misses: int) -> str | None:
-    """Why the updates cannot be captured, as far as that is known before the attempt."""
+    """Why the updates cannot be captured, if that is known before the attempt."""
     hook, model = updater.hook, updater.model
     if distributed.world_size() > 1:
         return "the gradients are averaged over processes"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -23,6 +22,7 @@ from sparse_adv.attacks.checks import (
 from sparse_adv.attacks.modes import in_mode
 from sparse_adv.config import Norm
 from sparse_adv.data import Batches, Split
+from sparse_adv.masks.layers import device_of
 from sparse_adv.ops.arguments import check_number
 from sparse_adv.training import distributed
 from sparse_adv.training.checks import first_pass, pairs_of
@@ -32,7 +32,7 @@ Images = Split | Iterable[tuple[Tensor, Tensor]]
 """Labelled images: a Split, or batches (images in [0, 1], labels) that can be iterated more than once."""
 
 BATCH_SIZE = 256
-"""Images of a batch of a Split."""
+"""Number of images in a batch of a Split."""
 
 Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
@@ -49,14 +49,15 @@ class Accuracy:
     backward: int
     """Backward passes down to the image, counted per image."""
     loss: float | None = None
-    """Mean cross-entropy under attack, where it was asked for."""
+    """Mean cross-entropy under attack, if it was requested."""
     robust: Tensor | None = field(default=None, repr=False, compare=False)
     """Whether each image of this process was classified correctly, clean and under all attacks; bool [N]."""
 
 
 @checks_types
 def clean_accuracy(model: nn.Module, images: Images, batch_size: int = BATCH_SIZE) -> Accuracy:
-    """Measure the fraction of images that the model classifies correctly; one with a NaN among its logits never is.
+    """Measure the fraction of images that the model classifies correctly; a NaN among an image's logits counts as
+    wrong.
 
     Args:
         model: maps images [N, C, H, W] in [0, 1] to logits [N, classes]; evaluated in eval mode and left as it was.
@@ -99,28 +100,28 @@ def robust_accuracy(
     every_image: bool = False,
     among: Tensor | None = None,
 ) -> Accuracy:
-    """Measure the fraction of images that the model classifies correctly clean and after each of several PGD attacks.
+    """Measure the fraction of images that the model classifies correctly, both clean and after each of several PGD
+    attacks.
 
-    On a CPU a restart attacks only the images that all attacks before have left correct. On a GPU it attacks all
-    images, so that the host never waits for a count and one CUDA graph serves all batches of a shape; the accuracy is
-    the same. It is an upper bound of the robustness, meant for comparing runs; for published numbers use
-    `attacks.AutoAttack`.
+    On a CPU a restart attacks only the images that all earlier attacks left correct. On a GPU it attacks all images, so
+    that the host never waits for a count and one CUDA graph serves all batches of a shape. The accuracy is the same. It
+    is an upper bound on the robustness, meant for comparing runs; for published numbers use `attacks.AutoAttack`.
 
     Args:
         model, images, batch_size: as in `clean_accuracy`.
         eps, norm, steps: radius, norm and number of steps, as in `attacks.pgd`.
         alpha: step size; None for eps / 4.
-        restarts: number of attacks, each from another random start; one success of any of them counts.
-        loss: as in `attacks.pgd`; "margin" is mostly the stronger one.
+        restarts: number of attacks, each from another random start; an image counts as wrong if any of them succeeds.
+        loss: as in `attacks.pgd`; "margin" is usually stronger.
         early_stop: as in `attacks.pgd`: an image counts as wrong if any step finds it misclassified. The passes are
             counted as if no image stopped early.
         seed: of the random starts.
         graphs: CUDA graphs of earlier calls to use again; None for graphs of this call alone.
         engine: as in `attacks.pgd`. The predictions that count are those of the model itself.
-        every_image: attack images that are misclassified already too, and measure the mean over all images of the
-            cross-entropy under attack, for each image the largest of the restarts.
-        among: the images that other attacks left robust, `Accuracy.robust` of theirs: only these can count as robust,
-            so that the accuracy is that under all of the attacks together. None for all images.
+        every_image: also attack images that are already misclassified, and measure the mean cross-entropy under attack
+            over all images, with the largest value of the restarts for each image.
+        among: the images that other attacks left robust, from their `Accuracy.robust`. Only these can count as robust,
+            so the accuracy is the one under all the attacks together. None for all images.
 
     Returns:
         The accuracy over the images of all processes, and the passes that it took.
@@ -195,14 +196,8 @@ def fgsm_accuracy(
     return _accuracy(model, images, batch_size, [attack])
 
 
-def model_device(model: nn.Module) -> torch.device:
-    """Return the device of the model's first parameter or buffer; the CPU if it has neither."""
-    tensors = itertools.chain(model.parameters(), model.buffers())
-    return next(tensors, torch.empty(0, device="cpu")).device
-
-
 def as_batches(images: Images, batch_size: int) -> Iterable[tuple[Tensor, Tensor]]:
-    """Return the batches of a Split, of which each process gets its part, or batches, with int64 labels.
+    """Return the given batches, or this process's part of a Split in batches, with int64 labels.
 
     Raises:
         TypeError: when a batch is not two tensors.
@@ -219,7 +214,7 @@ def as_batches(images: Images, batch_size: int) -> Iterable[tuple[Tensor, Tensor
 
 
 def check_evaluable(name: str, images: Images, model: nn.Module) -> None:
-    """Raise TypeError or ValueError, before any training, if no accuracy on these images could be measured after it.
+    """Raise TypeError or ValueError before any training if an accuracy on these images could not be measured after it.
 
     The model takes the first batch, in eval mode; of a Split all images and labels are checked.
 
@@ -233,7 +228,7 @@ def check_evaluable(name: str, images: Images, model: nn.Module) -> None:
             f"{name} must be a Split or batches that can be iterated in each evaluation (a list, a DataLoader), got "
             f"{type(images).__name__}"
         )
-    device = model_device(model)
+    device = device_of(model)
     try:
         with seeded(0, device), in_mode(model, "eval") as evaluated:  # a DataLoader draws a random number
             first = next(iter(as_batches(images, BATCH_SIZE)), None)
@@ -249,7 +244,7 @@ def check_evaluable(name: str, images: Images, model: nn.Module) -> None:
     except (TypeError, ValueError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(f"{name}: {error}") from error
-    if first is None and distributed.world_size() == 1:  # else another process may have images
+    if first is None and distributed.world_size() == 1:  # with more processes, another one may have images
         raise ValueError(f"{name} must hold at least one image, got none")
 
 
@@ -264,54 +259,67 @@ def _accuracy(
 ) -> Accuracy:
     if among is not None and among.dtype != torch.bool:
         raise TypeError(f"among must be a bool tensor, got {among.dtype}")
-    device = model_device(model)
+    device = device_of(model)
     at_once = reads_at_once(device)
-    correct = torch.zeros((), dtype=torch.int64, device=device)
+    count = attacked = 0
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-    count = forward = backward = 0
-    withstood = [torch.ones(0, dtype=torch.bool, device=device)]
+    robust = [torch.ones(0, dtype=torch.bool, device=device)]
     validator = InputValidator(deferred=not at_once)
     set_epoch(images, 0)
-    # Shuffled images come in the same order in each evaluation, so that a run that is continued measures the same.
+    # Shuffled images come in the same order in each evaluation, so that a continued run measures the same.
     with seeded(0, device), in_mode(model, "eval") as model:
         for x, y in as_batches(images, batch_size):
             x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
             logits = _logits(model, x)
             classes = count_classes(logits, len(y))
-            robust = is_correct(logits, y)  # robust under all attacks so far
+            correct = is_correct(logits, y)
             if among is not None and len(rows := among[count : count + len(y)]) == len(y):
-                robust = robust & rows.to(device)
-            places = torch.arange(len(y), device=device)
-            withstood.append(torch.zeros_like(robust))
-            count += len(y)
-            forward += len(y)
+                correct = correct & rows.to(device)
             y = validator.check(x, y, classes)
-            losses = torch.zeros(len(y), device=device)
-            for attack in tries:
-                if at_once and not every_image:
-                    x, y, places, robust = x[robust], y[robust], places[robust], robust[robust]
-                    if not len(y):
-                        break
-                logits = _logits(model, attack(model, x, y))
-                robust = robust & is_correct(logits, y)
-                if every_image:
-                    losses = losses.maximum(F.cross_entropy(logits.float(), y, reduction="none"))
-                forward += (steps + 1) * len(y)
-                backward += steps * len(y)
+            withstood, losses, times = _under_attack(model, x, y, correct, tries, every_image, at_once)
+            robust.append(withstood)
+            count, attacked = count + len(y), attacked + times
             loss_sum += losses.sum()
-            correct += robust.sum()
-            withstood[-1][places] = robust
     validator.raise_deferred()
     if among is not None and len(among) != count:
         raise ValueError(f"among must have one value for each of {count} images, got {len(among)}")
-    totals = distributed.all_reduce_sum(
-        [float(correct), float(count), float(forward), float(backward), float(loss_sum)], device
-    )
-    if not totals[1]:
+    own = torch.cat(robust)
+    sums = [float(own.sum()), float(count), float(attacked), float(loss_sum)]
+    right, total, tried, loss = distributed.all_reduce_sum(sums, device)
+    if not total:
         raise ValueError("images must hold at least one image to measure an accuracy, got none")
-    loss = totals[4] / totals[1] if every_image else None
-    forward, backward = int(totals[2]), int(totals[3])
-    return Accuracy(totals[0] / totals[1], int(totals[1]), forward, backward, loss, torch.cat(withstood))
+    forward, backward = int(total + (steps + 1) * tried), int(steps * tried)
+    return Accuracy(right / total, int(total), forward, backward, loss / total if every_image else None, own)
+
+
+def _under_attack(
+    model: nn.Module, x: Tensor, y: Tensor, robust: Tensor, tries: Sequence[Attack], every_image: bool, at_once: bool
+) -> tuple[Tensor, Tensor, int]:
+    """Attack a batch several times.
+
+    Args:
+        robust: the images that count, those which the model classifies correctly.
+        every_image: whether to attack images that a former attack has succeeded on too, for their losses.
+        at_once: whether values are read at once; else the host would wait to leave images out.
+
+    Returns:
+        The images that withstood all attacks, bool [N]; the highest loss of each, 0 without `every_image`; how many
+        images were attacked, one that was attacked twice counted twice.
+    """
+    withstood, losses, attacked = torch.zeros_like(robust), torch.zeros(len(y), device=y.device), 0
+    places = torch.arange(len(y), device=y.device)
+    for attack in tries:
+        if at_once and not every_image:
+            x, y, places, robust = x[robust], y[robust], places[robust], robust[robust]
+            if not len(y):
+                break
+        logits = _logits(model, attack(model, x, y))
+        robust = robust & is_correct(logits, y)
+        if every_image:
+            losses = losses.maximum(F.cross_entropy(logits.float(), y, reduction="none"))
+        attacked += len(y)
+    withstood[places] = robust
+    return withstood, losses, attacked
 
 
 @torch.no_grad()

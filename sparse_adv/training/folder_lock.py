@@ -13,11 +13,11 @@ from sparse_adv.training import distributed
 
 
 class FolderLock:
-    """A hold on a folder, which ends when nothing refers to it any more and at the latest with the process.
+    """A lock on a folder. It ends when nothing refers to it any more, at the latest with the process.
 
     Args:
         folder: of the run; None for a run that writes nothing.
-        descriptor: of the locked file; None where there is none to check.
+        descriptor: of the locked file; None if there is no file to check.
     """
 
     def __init__(self, folder: Path | None, descriptor: int | None = None) -> None:
@@ -38,14 +38,14 @@ class FolderLock:
 
 
 _held: WeakValueDictionary[tuple[int, int], FolderLock] = WeakValueDictionary()
-"""The locks of this process by the inode of their file, which no other file can have while it is open."""
+"""The locks of this process by the inode of their file; no other file can have that inode while the file is open."""
 
 
 def hold(folder: Path | None) -> FolderLock:
-    """Lock a folder, which is created if it does not exist, for this process; in a distributed run rank 0 does so.
+    """Lock a folder for this process; it is created if it does not exist. In a distributed run only rank 0 locks it.
 
-    What processes that were killed have left half written there is deleted. Where nothing can be locked, as on some
-    network file systems, the run goes on without a lock.
+    Half-written files of killed processes are deleted. If locking is impossible, as on some network file systems, the
+    run goes on without a lock.
 
     Args:
         folder: of the run; None to lock nothing.
@@ -55,7 +55,7 @@ def hold(folder: Path | None) -> FolderLock:
 
     Raises:
         BlockingIOError: if another process holds it.
-        ValueError: if its name is not UTF-8, as the library that reads weights needs it.
+        ValueError: if its name is not UTF-8, which safetensors requires.
 
     Examples:
         >>> import tempfile
@@ -72,7 +72,7 @@ def hold(folder: Path | None) -> FolderLock:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder / runs.LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError:  # of a folder that cannot be written; what is written next says so
+    except OSError:  # the folder cannot be written; the next write says so
         return FolderLock(folder)
     known = _held.get(_inode(os.fstat(descriptor)))
     if known is not None:

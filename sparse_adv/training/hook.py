@@ -1,4 +1,4 @@
-"""The interface of methods that change the network in the course of training; `sparse_adv.methods` has them."""
+"""The interface of methods that change the network during training; `sparse_adv.methods` has such methods."""
 
 from __future__ import annotations
 
@@ -16,42 +16,42 @@ if TYPE_CHECKING:
 
 
 class UpdateHook:
-    """Called in the course of a training run; this class does nothing. Pass a subclass to `train`.
+    """Called during a training run; this class does nothing. Pass a subclass to `train`.
 
     Attributes:
-        reads_gradients: whether `after_update` reads the gradients in `.grad`. If it may, updates are not captured as
-            CUDA graphs, which leave none.
-        config: the settings that decide the hook's result, a dataclass or a dict; they are written to `run.json` with
-            the name of the class, and a run with others is not continued. Other attributes are not compared.
+        reads_gradients: whether `after_update` reads the gradients in `.grad`. If so, updates are not captured as CUDA
+            graphs, because these leave no gradients.
+        config: the settings that decide the hook's result, a dataclass or a dict. They are written to `run.json` with
+            the name of the class; a run with other settings is not continued. Other attributes are not compared.
     """
 
     wants_robust_loss: bool = False
-    """Whether `after_epoch` needs `EpochRecord.robust_loss`, for which evaluations attack every validation image."""
+    """Whether `after_epoch` needs `EpochRecord.robust_loss`; evaluations then attack every validation image."""
     reads_gradients: bool = True
     config: DataclassInstance | dict[str, Any] | None = None
 
     def begin(self, updater: Updater) -> None:
         """Called at the start of a run, before the optimiser and the moving average of the weights are made.
 
-        A hook that is used again for another run sets its own state anew here.
+        A hook that is reused for another run must reset its own state here.
 
         Args:
-            updater: of the run. It has `model`, `config` and `device`, and at later calls `optimizer` and `ema` (None
+            updater: of the run. It has `model`, `config` and `device`; in later calls also `optimizer` and `ema` (None
                 without a moving average).
         """
 
     def wants_dense_gradients(self, step: int) -> bool:
-        """Return whether the update after `step` others is to form the gradients of pruned weights too."""
+        """Return whether the update after `step` others must also compute the gradients of pruned weights."""
         return False
 
     def after_update(self, step: int, gradients: Mapping[str, Tensor]) -> bool:
         """Called after an update; it may change the model, its optimiser's state and its moving average.
 
-        Modules that it sets to eval mode stay in it. It may freeze and unfreeze parameters, but not in a run of several
-        processes.
+        Modules that it sets to eval mode stay in eval mode. It may freeze and unfreeze parameters, but not in a run of
+        several processes.
 
         Args:
-            step: updates made, with this one.
+            step: number of updates made, including this one.
             gradients: the gradients that `nn.dense_gradients` collected on this process, if wanted. With float16 they
                 contain the factor of the loss scale.
 
@@ -61,25 +61,26 @@ class UpdateHook:
         return False
 
     def may_be_result(self) -> bool:
-        """Return whether the network may be the result of the run: the best epoch is chosen among those of which it is.
+        """Return whether this epoch may be the result of the run; the best epoch is chosen among those that may.
 
-        Called at the end of each epoch, before `after_epoch`; the same on all processes. A method that prunes in the
-        course of training returns False until it is done.
+        Called at the end of each epoch, before `after_epoch`; the result must be the same on all processes. A method
+        that prunes during training returns False until it is done.
         """
         return True
 
     def after_epoch(self, record: EpochRecord) -> None:
-        """Called after each epoch, when it has been evaluated and before it is saved; not for one that is undone.
+        """Called after each epoch, between its evaluation and its saving; not for an epoch that is undone.
 
         Args:
-            record: of the epoch; the same on all processes but for seconds and device.
+            record: of the epoch; the same on all processes except for seconds and device.
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state that updates change beside that of model, optimiser and moving average.
+        """Return the state that updates change, besides the states of model, optimiser and moving average.
 
-        It is saved after each epoch and loaded when the run continues, or when an epoch is undone: tensors, numbers,
-        text, and dicts, lists and tuples of these. Of a run of several processes that of rank 0 is saved.
+        It consists of tensors, numbers, text, and dicts, lists and tuples of these. It is saved after each epoch, and
+        loaded when the run continues or an epoch is undone. In a run of several processes, the state of rank 0 is
+        saved.
         """
         return {}
 

@@ -1,6 +1,6 @@
-"""What decides the result of a run beside its configuration: network, weights and images, as SHA-256 digests.
+"""What decides the result of a run besides its configuration: network, weights and images, as SHA-256 digests.
 
-A folder remembers them, so that a run is never continued, and never returned, for another network or other images.
+A folder remembers them, so that a run is never continued or returned for another network or other images.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from sparse_adv.training.random_numbers import seeded
 log = logging.getLogger(__name__)
 
 _SAMPLES = 64
-"""Images of a DataLoader that are read for its digest."""
+"""Number of images of a DataLoader that are read for its digest."""
 _ELEMENTS = 4096
-"""Evenly spaced elements of a long attribute that are read for a digest."""
+"""Number of evenly spaced elements of a long attribute that are read for a digest."""
 
 _FUNCTIONS = (FunctionType, BuiltinFunctionType)
 
 _in_training: WeakKeyDictionary[nn.Module, Path] = WeakKeyDictionary()
 """Models in training, or whose training was interrupted, and the folder of the run."""
 _moved: WeakKeyDictionary[nn.Module, dict[tuple[str, str], bytes]] = WeakKeyDictionary()
-"""Attributes of modules that training in this process has changed, such as counters, and what they were before it."""
+"""Attributes of modules that training in this process has changed, such as counters, with their earlier values."""
 _refrozen: WeakKeyDictionary[nn.Module, dict[str, list[str]]] = WeakKeyDictionary()
-"""For modules of which a hook has frozen or unfrozen parameters in training, those that were frozen before it."""
+"""For modules in which a hook has frozen or unfrozen parameters in training: the parameters frozen before that."""
 
 
 class Identity(TypedDict):
-    """Digests of what must be the same when a run is continued, beside its configuration; a dict in `state.pt`."""
+    """Digests of what must be the same when a run continues, besides its configuration; a dict in `state.pt`."""
 
     network: str
     weights: str
@@ -55,7 +55,7 @@ class Identity(TypedDict):
 
 
 class Environment(TypedDict):
-    """What changes only the last bits of a run's result; a dict in `state.pt`."""
+    """Facts that affect only the last bits of a run's result; a dict in `state.pt`."""
 
     threads: int
     torch: str
@@ -71,7 +71,7 @@ def of_run(
 ) -> Identity:
     """Return the identity of a run that begins.
 
-    Masks that change in the course of training belong to the weights, others to the network.
+    Masks that change during training belong to the weights, others to the network.
     """
     return {
         "network": network_digest(model, with_masks=not masks_change),
@@ -86,7 +86,7 @@ def check_continues(
 ) -> Identity:
     """Return the identity of the run in a folder; raise ValueError unless a call continues that run.
 
-    More epochs than before may be asked for.
+    The call may ask for more epochs than before.
 
     Args:
         folder, state: of the run, and the content of its `state.pt`.
@@ -103,7 +103,7 @@ def check_continues(
             f"{folder} holds a run of {processes} processes, got {distributed.world_size()}: start as many"
         )
     begun: Identity = state["identity"][distributed.rank()]
-    # The weights may be those that the folder was begun with, or those that it ended with.
+    # The weights may be those at the beginning of the run, or those at its end.
     if own["weights"] == weights_digest(state["model"]):
         own = own | {"weights": begun["weights"]}
     check_same(folder, own, begun, model)
@@ -111,7 +111,7 @@ def check_continues(
 
 
 def check_same(folder: Path, own: Identity, begun: Identity, model: nn.Module) -> None:
-    """Raises ValueError if the run in a folder was begun with another network or other images; both are `of_run`."""
+    """Raises ValueError if the run in a folder began with another network or other images."""
     parts = {
         "network": own["network"] == begun["network"],
         "initial weights": own["weights"] == begun["weights"] or was_interrupted(model, folder),
@@ -142,11 +142,11 @@ def warn_of_changes(folder: Path, before: Environment, now: Environment) -> None
 
 
 def network_digest(model: nn.Module, with_masks: bool = True) -> str:
-    """Return the digest of what a model is: its modules and their attributes, shapes and dtypes, and its masks.
+    """Return the digest of a model's definition: its modules with their attributes, shapes and dtypes, and its masks.
 
-    Attributes are numbers, text, functions (by name), tensors, arrays and sequences of these, whose names do not begin
-    with "_". Those that training in this process has changed, such as a counter of forward passes, count with the value
-    before it.
+    Attributes are numbers, text, functions (by name), tensors, arrays and sequences of these, if their names do not
+    begin with "_". If training in this process has changed an attribute, such as a counter of forward passes, its
+    earlier value counts.
 
     Args:
         model: any module.
@@ -195,15 +195,15 @@ def weights_digest(state_dict: Mapping[str, object]) -> str:
 def images_digest(images: Split | Iterable[Any] | None, seed: int = 0) -> str | None:
     """Return the digest of images and labels, or of batches of them.
 
-    A `Split`, `data.Batches` and a list are read as a whole (about a second per gigabyte), of other sequences 64 evenly
-    spaced items. Of a DataLoader with a data set that has a length, 64 evenly spaced samples are read and collated,
-    each alone, with the number of all, under fixed random numbers, and the attributes of its sampler. Of anything else
-    the number of batches and the attributes count: numbers, tensors, arrays, ranges and sequences of these, but `epoch`
-    and those whose names begin with "_".
+    A `Split`, `data.Batches` or list is read as a whole (about a second per gigabyte); from other sequences, 64 evenly
+    spaced items are read. If a DataLoader's data set has a length, the digest covers that length, 64 evenly spaced
+    samples, each read and collated alone under fixed random numbers, and the attributes of its sampler. For anything
+    else, the number of batches and the attributes count: numbers, tensors, arrays, ranges and sequences of these,
+    except `epoch` and names that begin with "_".
 
     Args:
-        images: what is trained on, or validated with; None has the digest None.
-        seed: of the random numbers that the samples of a DataLoader are read with.
+        images: the images for training or validation; None has the digest None.
+        seed: of the random numbers for reading the samples of a DataLoader.
 
     Examples:
         >>> batch = torch.zeros(2, 1, 4, 4), torch.tensor([0, 1])
@@ -233,7 +233,7 @@ def images_digest(images: Split | Iterable[Any] | None, seed: int = 0) -> str | 
                 _add(digest, images.collate_fn(sample))
     elif isinstance(images, list | tuple):  # a Split, too
         _add(digest, images)
-    elif isinstance(images, Sequence):  # one of the user's, whose items may be read from files
+    elif isinstance(images, Sequence):  # the user's own, which may read its items from files
         digest.update(repr(len(images)).encode())
         with seeded(seed):
             for index in range(0, len(images), max(1, len(images) // _SAMPLES)):
@@ -265,9 +265,9 @@ def training_of(model: nn.Module, folder: Path | None) -> Iterator[None]:
 
 
 def was_interrupted(model: nn.Module, folder: Path) -> bool:
-    """Return whether this process trained the model for this folder, or one inside, and was interrupted in it.
+    """Return whether this process trained the model for this folder, or a folder inside it, and was interrupted.
 
-    Such a model has weights of the middle of an epoch, which are replaced by those of the folder.
+    Such a model has weights from the middle of an epoch; the folder's weights replace them.
     """
     interrupted, folder = _in_training.get(model), folder.resolve()
     return interrupted is not None and folder in (interrupted, *interrupted.parents)
@@ -312,7 +312,7 @@ def _add_attributes(digest: Any, owner: Any) -> None:
 
 
 def _plain_attributes(owner: Any, *others: type) -> Iterator[tuple[str, Any]]:
-    """The plain attributes of an object, and those of other types; of long ones some of the elements."""
+    """The plain attributes of an object and those of the types `others`; only evenly spaced elements of long ones."""
     plain = (bool, int, float, range, Tensor, np.ndarray, *others)
     for name, value in sorted(getattr(owner, "__dict__", {}).items()):
         if name[0] == "_" or name in ("training", "epoch"):
@@ -346,7 +346,7 @@ def _add(digest: Any, value: Any) -> None:
 
 
 def _bytes(tensor: Tensor) -> Any:
-    """The bytes of a tensor; of one that was expanded, so that elements share memory, the bytes of that memory."""
+    """The bytes of a tensor; for an expanded one, whose elements share memory, the bytes of that memory."""
     if tensor.is_meta:
         return b""
     tensor = tensor.detach().cpu()

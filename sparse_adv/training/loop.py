@@ -2,7 +2,7 @@
 
 It needs no masks: a dense model trains in the same way. Three functions that training calls treat masked layers
 differently: the count of MACs (`nn.count_macs`), the all-reduce of gradients (`nn.register_masked_allreduce_hook`) and
-the gradients of pruned weights (`nn.dense_gradients`), which it forms only if an `UpdateHook` asks for them.
+the gradients of pruned weights (`nn.dense_gradients`), which it computes only if an `UpdateHook` asks for them.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from sparse_adv.argument_types import checks_types
 from sparse_adv.attacks import Graphs
 from sparse_adv.attacks.checks import InputValidator, reads_at_once
 from sparse_adv.config import SINGLE_STEP, MethodConfig, TrainConfig
+from sparse_adv.masks.layers import device_of
 from sparse_adv.ops.cudnn_benchmark import fastest_convolutions
 from sparse_adv.runs import NO_COST, Cost, EpochRecord, RunInfo
 from sparse_adv.training import distributed, identity, objectives, random_numbers
@@ -33,7 +34,6 @@ from sparse_adv.training.evaluation import (
     Images,
     check_evaluable,
     clean_accuracy,
-    model_device,
     robust_accuracy,
 )
 from sparse_adv.training.hook import UpdateHook
@@ -54,7 +54,7 @@ class _Trained(NamedTuple):
 
     loss: float
     correct: int
-    """Images of the updates, as they were crafted, that the model classified correctly."""
+    """Number of crafted images of the updates that the model classified correctly."""
     images: int
     attack: Cost
     update: Cost
@@ -78,15 +78,15 @@ class Training:
     Attributes:
         records: of the epochs so far.
         evaluated: the model that is evaluated and saved: the moving average of the weights if `config` asks for one.
-        monitor: the overfitting monitor; None if it is turned off, without validation images, and for objectives that
-            are not single-step.
+        monitor: the overfitting monitor; None if it is turned off, if there are no validation images, and for
+            objectives that are not single-step.
 
     Raises:
         FileNotFoundError: if the folder has epochs of a run, but not the state to continue from.
         TypeError: if the batches have no length.
         ValueError: if there is no batch, the hook needs validation images and there are none, the processes of a run
-            have different configurations or numbers of batches, or the folder holds another run: of another
-            configuration (but for more epochs), network or other images.
+            have different configurations or numbers of batches, or the folder holds another run: one with another
+            configuration (more epochs are allowed), another network or other images.
 
     Examples:
         >>> from sparse_adv import data
@@ -114,7 +114,7 @@ class Training:
         if validation is not None:
             check_evaluable("validation", validation, model)
         distributed.check_same(**{**asdict(config), "graphs": None, "len(batches)": count_batches(batches)})
-        self.device = model_device(model)
+        self.device = device_of(model)
         self.graphs = Graphs()
         self.hook = UpdateHook() if hook is None else hook
         if self.hook.wants_robust_loss and validation is None:
@@ -139,7 +139,8 @@ class Training:
             model.eval()
 
     def epochs(self, on_step: Callable[[int], None] | None = None) -> Iterator[EpochRecord]:
-        """Yield the records of the epochs: first those of an earlier call, then each when it is trained and saved.
+        """Yield the records of the epochs: first those of an earlier call, then each new one after it is trained and
+        saved.
 
         Args:
             on_step: called after each update with the number of updates so far.
@@ -194,7 +195,7 @@ class Training:
         loss_sum, tally = torch.zeros((), dtype=torch.float64, device=self.device), Tally()
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
         set_training_mode(updater.model, updater.frozen)
-        # Batches and layers that draw from the global generators get numbers that depend on seed and epoch only.
+        # Batches and layers that draw from the global generators get numbers that depend only on seed and epoch.
         with random_numbers.seeded(distributed.own_seed(config.seed, Stream.BATCHES, epoch), self.device):
             for x, y in pairs_of(self.batches):
                 if not len(y):
@@ -239,9 +240,10 @@ class Training:
         raise FloatingPointError(f"training diverged in epoch {epoch + 1}: {what} at lr {self.updater.learning_rate:g}")
 
     def _costs_for(self, x: Tensor) -> NetworkCosts:
-        """The costs for batches as large as the first, measured there and when they change; the host waits for a GPU.
+        """The costs for batches as large as the first, measured at first and whenever they change; the host waits for a
+        GPU.
 
-        For the few images of a last batch layers may take other kernels.
+        A smaller last batch may run other kernels.
         """
         if self.costs is None:
             if self.first_batch is None:
@@ -322,34 +324,33 @@ def train(
 
     With a folder the run can be stopped at any moment, even by kill -9: the same call continues after the last whole
     epoch, and on a CPU ends with the same weights, bit for bit; on a GPU only under `training.deterministic()`. A call
-    with more epochs extends the run, with the schedule of the new number of epochs from there on. Under `torchrun` (see
-    `training.distributed.group`) each process passes its own part of the batches.
+    with more epochs extends the run; from there on, the schedule is that of the new number of epochs. Under `torchrun`
+    (see `training.distributed.group`) each process passes its own part of the batches.
 
-    What draws from the global generators of PyTorch, NumPy and Python gets numbers that depend on `config.seed` and the
-    epoch only; workers of a DataLoader too, unless they are persistent. Generators given to a DataLoader or its sampler
-    are saved with the run, and torch generators of modules. A log message says where a loader, data set, transform or
-    module has others, which are not.
+    Code that draws from the global generators of PyTorch, NumPy and Python gets numbers that depend only on
+    `config.seed` and the epoch. So do workers of a DataLoader, unless they are persistent. Generators of a DataLoader
+    or its sampler, and torch generators of modules, are saved with the run. If a loader, data set, transform or module
+    has other generators, these are not saved, and a log message says so.
 
     Args:
         model: any classifier of images [N, C, H, W] in [0, 1]; after training it is in eval mode. Modules in eval mode
-            inside of a model in training mode, such as a frozen BatchNorm, stay in eval mode.
+            inside a model in training mode, such as a frozen BatchNorm, stay in eval mode.
         batches: (float images in [0, 1], int64 labels), with a length, iterated once an epoch: `data.Batches`, a
-            DataLoader, a list. Before each epoch `set_epoch(epoch)` is called where they, or a DataLoader's sampler or
-            data set, have it.
+            DataLoader, a list. Before each epoch `set_epoch(epoch)` is called if the batches, or a DataLoader's sampler
+            or data set, have this method.
         config: the hyperparameters.
-        validation: a `data.Split` or batches of images that are not trained on. They are needed for evaluations, for
-            the choice of the best epoch and for the overfitting monitor.
+        validation: a `data.Split` or batches of images that are not trained on. They are needed for evaluations, to
+            choose the best epoch and for the overfitting monitor.
         folder: where to write records, weights and state, see `sparse_adv.runs`; None to write nothing.
         before: cost of the ticket search that the run builds on.
-        hook: a method that changes the network in the course of training, such as `methods.SparseTraining`, or code of
-            your own.
-        objective: a subclass of `TrainingObjective` to train on, or a function that makes one of the same arguments;
-            None for `config.objective`. That also decides, for an objective of your own too, the defaults of alpha and
-            beta, whether there is an overfitting monitor, and which accuracy is the best.
-        on_epoch: called with the record of each epoch after it is saved; if it returns True, training ends, in all
-            processes of a run if it does in one. Epochs of an earlier call come first.
-        on_step: called after each update with the number of updates so far. Gradients are None after an update that
-            was replayed as a CUDA graph.
+        hook: a method that changes the network during training, such as `methods.SparseTraining`, or your own code.
+        objective: a subclass of `TrainingObjective`, or a function that makes an objective from the same arguments;
+            None for `config.objective`. Even with your own objective, `config.objective` decides the defaults of alpha
+            and beta, whether there is an overfitting monitor, and which accuracy selects the best epoch.
+        on_epoch: called with the record of each epoch after it is saved; epochs of an earlier call come first. If it
+            returns True in any process, training ends in all processes of the run.
+        on_step: called after each update with the number of updates so far. After an update that was replayed as a CUDA
+            graph, gradients are None.
 
     Returns:
         A record per epoch.
@@ -357,14 +358,14 @@ def train(
     Raises:
         BlockingIOError: if another process writes to the folder.
         FileNotFoundError: if the folder has epochs of a run, but not the state to continue from, or if it was deleted
-            or replaced while the run went on.
-        FloatingPointError: if the loss or a weight is not finite; the folder keeps the epochs before.
+            or replaced during the run.
+        FloatingPointError: if the loss or a weight is not finite; the folder keeps the earlier epochs.
         TypeError: if the batches have no length or wrong dtypes, the validation images can be iterated only once, the
-            model returns anything but logits, `objective` makes no objective, or the settings of hook or objective are
-            neither a dataclass nor a dict.
+            model returns anything but logits, `objective` does not make an objective, or the settings of hook or
+            objective are neither a dataclass nor a dict.
         ValueError: if a batch has values out of range, the last one has one image and BatchNorm cannot take it, these
-            settings hold what JSON cannot, or the folder holds another run: of another configuration, network, hook,
-            objective, initial weights or images.
+            settings hold values that JSON cannot, or the folder holds another run: one with another configuration,
+            network, hook, objective, other initial weights or other images.
 
     Examples:
         >>> from sparse_adv import data

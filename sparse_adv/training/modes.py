@@ -1,4 +1,4 @@
-"""Frozen modules: those of a model that stay in eval mode while it is trained."""
+"""Frozen modules: the modules of a model that stay in eval mode while it is trained."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 _known: WeakKeyDictionary[nn.Module, list[str]] = WeakKeyDictionary()
-"""What `frozen_modules` returned last for a model in training mode: after training the whole model is in eval mode."""
+"""The last result of `frozen_modules` for a model in training mode, because training ends with all of it in eval
+mode."""
 
 
 def frozen_modules(model: nn.Module) -> list[str]:
-    """Return the names of modules in eval mode inside of a model in training mode.
+    """Return the names of modules in eval mode inside a model in training mode.
 
-    A model in eval mode has those with which it was last trained, none if it never was.
+    For a model in eval mode they are the modules frozen when it was last trained; none if it never was.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2).eval())
@@ -37,7 +38,7 @@ def names_in_eval_mode(model: nn.Module) -> list[str]:
 
 
 def set_training_mode(model: nn.Module, frozen: Collection[str]) -> None:
-    """Set the model to training mode, but for the modules of these names.
+    """Set the model to training mode, except the modules of these names.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))

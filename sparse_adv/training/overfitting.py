@@ -1,16 +1,16 @@
 """Detection of catastrophic overfitting: training with single-step attacks can lose all robustness within an epoch.
 
-The model then stays accurate under the single-step attack that it is trained with, and loses its accuracy under
+The model then stays accurate under the single-step attack that it is trained with, but loses its accuracy under
 stronger attacks (Wong et al. 2020, section 5.4). After each epoch a cheap PGD attack on validation images measures the
-robustness of the weights in training, also where their moving average is evaluated: the average loses it epochs later,
-when undoing one epoch repairs nothing. An epoch that lost it is undone and repeated with PGD (the remedy of Li et al.
-2020, "Towards understanding fast adversarial training"); after that the cheap objective continues. Each further event
-doubles the number of epochs that are trained with PGD. Training with PGD is not watched: a weak epoch of it passes by
-itself.
+robustness of the weights in training, even if their moving average is evaluated: the average loses its robustness
+epochs later, when undoing one epoch repairs nothing. An epoch that lost the robustness is undone and repeated with PGD
+(the remedy of Li et al. 2020, "Towards understanding fast adversarial training"); then the cheap objective continues.
+Each further event doubles the number of epochs that are trained with PGD. Training with PGD is not watched, because it
+recovers from a weak epoch by itself.
 
-Pruning costs robustness too, and the epochs after it restore what the smaller network can have. So the best accuracy is
-multiplied by the fraction of the weights that an epoch keeps: a network of which a twentieth is left may fall to a
-twentieth of it.
+Pruning costs robustness too, and the epochs after it restore as much as the smaller network can have. So the best
+accuracy is multiplied by the fraction of the weights that an epoch keeps: if a twentieth of a network is left, its
+accuracy may fall to a twentieth.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from sparse_adv.training.random_numbers import seeded
 IMAGES = 256
 STEPS = 5
 LEAST_DROP = 0.1
-"""A drop counts if it is at least this much and to less than half of the best; noise of 256 images is about 0.03."""
+"""A drop counts if it is at least this much and ends below half of the best; the noise of 256 images is 0.03."""
 
 log = logging.getLogger(__name__)
 
@@ -38,12 +38,13 @@ class OverfittingMonitor:
     """Measures robustness after each epoch and decides which epochs must be undone.
 
     Args:
-        images: validation images, of which the first 256 are used (whole batches, if these are given).
+        images: validation images; the first 256 are used (or whole batches, if batches are given).
         config: of the training.
         graphs: CUDA graphs of the attack to use again.
 
     Attributes:
-        best: the highest accuracy of an epoch that was not undone, times the fractions that were not pruned since.
+        best: the highest accuracy of an epoch that was not undone, reduced by each later pruning in proportion to the
+            weights left.
         density: of the network's weights after the last epoch that was not undone.
         events: number of epochs that were undone.
         pgd_epochs: number of next epochs to train with PGD.
@@ -78,7 +79,7 @@ class OverfittingMonitor:
     def must_undo(self, accuracy: float, density: float = 1.0) -> bool:
         """Return whether the epoch with this accuracy lost its robustness; call it once for each epoch.
 
-        An epoch that was trained with PGD is never undone; while robustness is not back, PGD goes on.
+        An epoch that was trained with PGD is never undone; PGD goes on until the robustness is back.
 
         Args:
             accuracy: after the epoch, as `measure` returns it.
@@ -103,9 +104,9 @@ class OverfittingMonitor:
         return False
 
     def warn_of_weak_attack(self, accuracy: float, train_accuracy: float) -> None:
-        """Log, once, that the network resists the attack it trains with and not PGD.
+        """Log once that the network resists the attack that it is trained with, but not PGD.
 
-        Where that is so from the beginning, as with a large eps, no epoch loses anything, and none is undone.
+        If that is so from the beginning, as with a large eps, no epoch loses robustness, so none is undone.
 
         Args:
             accuracy: of an epoch that was not undone, as `measure` returns it.
@@ -135,12 +136,12 @@ class OverfittingMonitor:
 
 
 def _first(images: Images, count: int) -> list[tuple[Tensor, Tensor]]:
-    """The first batches, of at least `count` images if there are so many; of a Split, exactly so many."""
+    """The first batches, with at least `count` images if there are that many; of a Split, exactly that many."""
     if isinstance(images, Split):
         images = Split(images.images[:count], images.labels[:count])
     batches: list[tuple[Tensor, Tensor]] = []
     total = 0
-    with seeded(0):  # the same ones in a run that is continued
+    with seeded(0):  # the same images in a continued run
         for x, y in as_batches(images, count):
             batches.append((x, y))
             total += len(y)

@@ -21,13 +21,13 @@ _PART_NAMES = (
     *("sampler", "batch_sampler", "collate_fn", "dataset", "datasets"),
     *("transform", "target_transform", "transforms"),
 )
-"""Attributes by which a DataLoader, samplers, data sets such as Subset and transforms such as Compose hold others."""
+"""Attributes by which a DataLoader, samplers, data sets (Subset) and transforms (Compose) refer to others."""
 
 
 class Stream(IntEnum):
     """What the random numbers of a run are for.
 
-    None is 0, because NumPy ignores zeros at the end of the numbers that it makes a seed of.
+    No value is 0, because NumPy ignores trailing zeros in the numbers of a seed.
     """
 
     BATCHES = 1
@@ -41,12 +41,12 @@ class Stream(IntEnum):
     GROWTH = 12
     """The blocks that grow at random in a change of the masks."""
     REINIT = 13
-    """The weights of a re-initialised ticket: any training seed, or one next to it, may be that of the search, whose
-    weights are the ticket's."""
+    """The weights of a re-initialised ticket. They need their own stream, because the training seed, or one next to it,
+    may be the seed of the search, and its weights are the ticket's."""
 
 
 def seed_of(seed: int, stream: Stream, *numbers: int) -> int:
-    """Return a seed that depends only on a run's seed, on what its random numbers are for, and on further numbers.
+    """Return a seed that depends only on a run's seed, on the purpose of the random numbers, and on further numbers.
 
     Examples:
         >>> seed_of(0, Stream.MASKS) == seed_of(0, Stream.MASKS), seed_of(0, Stream.MASKS) == seed_of(0, Stream.GROWTH)
@@ -56,7 +56,7 @@ def seed_of(seed: int, stream: Stream, *numbers: int) -> int:
 
 
 def generator(seed: int, stream: Stream, *numbers: int) -> Generator:
-    """Return a generator on the CPU with `seed_of` these numbers: its own are the same on all processes.
+    """Return a CPU generator seeded with `seed_of`: its random numbers are the same in all processes.
 
     Examples:
         >>> torch.rand((), generator=generator(0, Stream.MASKS)) == torch.rand((), generator=generator(0, Stream.MASKS))
@@ -67,11 +67,11 @@ def generator(seed: int, stream: Stream, *numbers: int) -> Generator:
 
 @contextmanager
 def seeded(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
-    """Seed the global generators of PyTorch, NumPy and Python; when the block ends they continue where they were.
+    """Seed the global generators of PyTorch, NumPy and Python; after the block they continue where they were before.
 
     Args:
         seed: in [0, 2^64).
-        device: whose generator is seeded beside that of the CPU.
+        device: its generator is seeded too, besides the CPU's.
 
     Examples:
         >>> with seeded(0):
@@ -94,11 +94,11 @@ def seeded(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
 
 
 def states_of(batches: Iterable[Any], model: nn.Module | None = None) -> list[Tensor]:
-    """Return the states of generators of one's own, which a continued run needs.
+    """Return the states of the user's own generators, which a continued run needs.
 
     Args:
-        batches: whose samplers, data sets and transforms may have an attribute `generator`.
-        model: whose modules may have generators, under any name.
+        batches: their samplers, data sets and transforms may have an attribute `generator`.
+        model: its modules may have generators, under any name.
 
     Examples:
         >>> from torch.utils.data import DataLoader
@@ -112,7 +112,7 @@ def load_states(batches: Iterable[Any], states: Sequence[Tensor], model: nn.Modu
     """Set the generators to the states that `states_of` returned.
 
     Raises:
-        ValueError: if there were more or fewer of them.
+        ValueError: if the number of generators differs.
     """
     generators = _generators(batches, model)
     if len(generators) != len(states):
@@ -135,7 +135,7 @@ def _modules(model: nn.Module | None) -> Iterable[nn.Module]:
 
 
 def warn_of_unsaved(batches: Iterable[Any], model: nn.Module | None = None) -> None:
-    """Warn of workers and generators whose numbers neither seed and epoch nor `states_of` determine.
+    """Warn of workers and generators whose numbers are determined neither by seed and epoch nor by `states_of`.
 
     Examples:
         >>> warn_of_unsaved([])
@@ -151,7 +151,7 @@ def warn_of_unsaved(batches: Iterable[Any], model: nn.Module | None = None) -> N
 
 
 def set_epoch(batches: Iterable[Any], epoch: int) -> None:
-    """Tell batches, and the samplers and the data set inside a DataLoader, the number of the epoch, from 0.
+    """Tell the number of the epoch, from 0, to batches and to the samplers and the data set inside a DataLoader.
 
     Examples:
         >>> from torch.utils.data import DataLoader, DistributedSampler
@@ -166,7 +166,7 @@ def set_epoch(batches: Iterable[Any], epoch: int) -> None:
 
 
 def _parts(batches: Any) -> Iterator[Any]:
-    """The batches, and the samplers and data sets inside of them, found by `_PART_NAMES`; each once."""
+    """The batches, and the samplers and data sets inside them, found by `_PART_NAMES`; each once."""
     seen: set[int] = set()
     left = deque([batches])
     while left:
@@ -177,6 +177,6 @@ def _parts(batches: Any) -> Iterator[Any]:
         yield part
         for name in _PART_NAMES:
             inner = getattr(part, name, None)
-            # A list may hold samples, tens of thousands of them, which have no attributes.
+            # A list may hold tens of thousands of samples, which have no attributes.
             inner = inner if isinstance(inner, list | tuple) else [inner]
             left.extend(each for each in inner if hasattr(each, "__dict__"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,11 +10,14 @@ from torch import nn
 
 from sparse_adv import json_files, runs
 from sparse_adv.config import TrainConfig
+from sparse_adv.data import Split
 from sparse_adv.runs import EpochRecord, TicketChecks, TrainResult
 from sparse_adv.training import distributed
 from sparse_adv.training.checkpoint import read_weights
 from sparse_adv.training.evaluation import Images, clean_accuracy, fgsm_accuracy, robust_accuracy
 from sparse_adv.training.folder_lock import hold
+
+log = logging.getLogger(__name__)
 
 TEST_STEPS = 20
 
@@ -26,11 +30,11 @@ def final_test(
     test: Images,
     checks: TicketChecks | None = None,
 ) -> TrainResult:
-    """Measure a finished run on the test images, clean, under FGSM and under PGD-20, and write its `result.json`.
+    """Measure a finished run on the test images (clean, under FGSM and under PGD-20) and write its `result.json`.
 
     Args:
-        model: gets the weights that are tested: those of the best epoch, see `runs.best`, or the last ones if there
-            were no validation images, or a method reached its density after no epoch.
+        model: gets the tested weights: those of the best epoch, see `runs.best`, or the last ones if there were no
+            validation images or if no epoch had reached the method's density.
         folder: of the run.
         records: of all epochs, from `training.train`.
         config: gives radius and norm of the attacks and the seed of the random start; PGD's step size is eps / 4.
@@ -43,7 +47,7 @@ def final_test(
     Raises:
         BlockingIOError: if another process writes to the folder.
         FileNotFoundError: if the folder lacks the weights, or was deleted or replaced during the test.
-        ValueError: if they are those of another epoch, or there is no test image.
+        ValueError: if the weights are from another epoch, or there is no test image.
 
     Examples:
         >>> import tempfile
@@ -68,6 +72,8 @@ def final_test(
             f"{metadata.get('epoch')}"
         )
     model.load_state_dict(weights)
+    count = f"{len(test.labels):,} " if isinstance(test, Split) else ""
+    log.info("%s: testing on %simages: clean, fgsm, pgd-%d", folder, count, TEST_STEPS)
     accuracies = {
         "clean": clean_accuracy(model, test),
         "fgsm": fgsm_accuracy(model, test, eps=config.eps, norm=config.norm, engine=config.engine),

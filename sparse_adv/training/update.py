@@ -1,7 +1,8 @@
-"""One update of training: attack, loss, backward pass, optimiser step; with all the state that updates change."""
+"""One update of training (attack, loss, backward pass, optimiser step) and all the state that updates change."""
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -28,6 +29,8 @@ from sparse_adv.training.hook import UpdateHook
 from sparse_adv.training.modes import frozen_modules, names_in_eval_mode
 from sparse_adv.training.objectives import Passes
 
+log = logging.getLogger(__name__)
+
 
 def updates_of(config: TrainConfig, batches: Iterable[Any]) -> int:
     """Return the number of updates of a training run.
@@ -49,7 +52,7 @@ class Updated(NamedTuple):
     loss: Tensor
     """A scalar on the device."""
     correct: Tensor
-    """Number of images, as they were crafted, that the model classified correctly; an int64 scalar on the device."""
+    """Number of crafted images that the model classified correctly; an int64 scalar on the device."""
     passes: Passes
     """The passes that the update took."""
     new_costs: bool
@@ -75,13 +78,13 @@ class Updater:
         config: of the training.
         batches: number of batches of an epoch.
         device: of the model.
-        graphs: CUDA graphs of attacks to use again; those of updates are added.
+        graphs: CUDA graphs of attacks to use again; graphs of updates are added.
         hook: called at each update.
         objective: makes an objective in place of the configured one, see `train`.
 
     Attributes:
         step: number of updates made.
-        frozen: names of modules that stay in eval mode in training, those that a hook has set to it too.
+        frozen: names of modules that stay in eval mode in training, including those that a hook has set to eval mode.
         trained: the module that the loss calls in place of the model.
         evaluated: the model to evaluate and save: the moving average if the configuration asks for one.
         image_shape: shape [1, C, H, W] of an image; None before the first batch.
@@ -106,6 +109,8 @@ class Updater:
         hook.begin(self)
         if config.awp_gamma:
             weights_to_perturb(model)  # refused before the warm-up, not after it
+        if device.type == "cpu" and config.precision == "float16" and distributed.rank() == 0:
+            log.warning("precision 'float16' is slow on a CPU: 6 to 60 times as long as float32, as measured")
         self.channels_last = wants_channels_last(device, config.precision)
         if self.channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -126,10 +131,11 @@ class Updater:
         """In a run of several processes, which parameters are trained."""
 
     def prepare(self, x: Tensor) -> None:
-        """Before an update: note the shape of its images; before the first, set up averaging gradients over processes.
+        """Before an update, note the shape of its images; before the first, set up the averaging of gradients over
+        processes.
 
         Args:
-            x: a batch from `to_device`, of which only shape, dtype and memory layout matter.
+            x: a batch from `to_device`; only its shape, dtype and memory layout matter.
         """
         self.image_shape = (1, *x.shape[1:])
         if distributed.world_size() > 1 and self.comm_stats is None:
@@ -181,7 +187,7 @@ class Updater:
         return Updated(loss, correct, passes, new_costs)
 
     def _check_exchanged(self) -> None:
-        """Raise ValueError if several processes would exchange the gradients of other parameters than are trained."""
+        """Raise ValueError if the parameters whose gradients several processes exchange are not the trained ones."""
         for name, parameter in self.model.named_parameters() if self._exchanged else ():
             if parameter.requires_grad != self._exchanged.get(name, parameter.requires_grad):
                 raise ValueError(
@@ -208,12 +214,12 @@ class Updater:
         numbers: sgd.Numbers,
         collected: dict[str, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The training step of an update: return its loss, and the number of images classified correctly.
+        """Make the training step of an update; return its loss and the number of images classified correctly.
 
         If it is given, `collected` gets the gradients of all weights of masked layers.
 
-        A replay of its CUDA graph runs none of this code. So whatever is to be the same after each update, but for the
-        tensors that change in place, is done in `update`.
+        A replay of its CUDA graph runs none of this code. So everything that must happen in each update, except changes
+        of tensors in place, is done in `update`.
         """
         self.optimizer.zero_grad()
         collecting: AbstractContextManager[dict[str, Tensor]] = nullcontext({})
@@ -240,14 +246,14 @@ class Updater:
         return torch.amp.GradScaler(self.device.type, enabled=self.config.precision == "float16")
 
     def restart_scaler(self) -> None:
-        """Let an update begin anew after one that ended in the middle, with the present scale of the loss."""
+        """Let an update begin anew after one that failed in the middle, with the present scale of the loss."""
         state, self.scaler = self.scaler.state_dict(), self._new_scaler()
         self.scaler.load_state_dict(state)
-        for name in ("grad_scale", "found_inf"):  # the scaler sets them for the time of a step
+        for name in ("grad_scale", "found_inf"):  # the scaler sets these during a step
             vars(self.optimizer).pop(name, None)
 
     def _passes(self, objective: objectives.TrainingObjective, dense_gradients: bool) -> Passes:
-        """The passes of an update with this objective; AWP forms the gradients of kept weights once more."""
+        """The passes of an update with this objective; AWP computes the gradients of kept weights once more."""
         passes = Passes(*objective.passes)
         return passes._replace(
             update=passes.update * (2 if self.awp_gamma else 1),
@@ -257,7 +263,7 @@ class Updater:
     def _perturbed(
         self, objective: objectives.TrainingObjective, x: Tensor, adv: Tensor, y: Tensor
     ) -> AbstractContextManager[None]:
-        """The weights at which the gradient of an update is formed: those of the model without AWP."""
+        """A context with the weights at which the gradient of an update is computed; without AWP, the model's own."""
         if not self.awp_gamma:
             return nullcontext()
 
@@ -269,7 +275,7 @@ class Updater:
 
     def end_epoch(self, epoch: int) -> None:
         """Prepare for evaluation: eval mode, and BatchNorm statistics averaged over processes."""
-        # The schedule counts whole epochs, also if a run of "free" trained this one with PGD, in fewer updates.
+        # The schedule counts whole epochs, even if a run of "free" trained this one with PGD in fewer updates.
         self.step = (epoch + 1) * self.steps_per_epoch
         self.frozen = names_in_eval_mode(self.model)
         self.model.eval()
@@ -325,18 +331,18 @@ class Updater:
 
 
 def _average_gradients(model: nn.Module, trained: nn.Module, x: Tensor) -> tuple[DistributedDataParallel, CommStats]:
-    """The model as it is trained, in DistributedDataParallel that sends only gradients of kept weights, and its counts.
+    """The trained model in a DistributedDataParallel that sends only gradients of kept weights, and its counts.
 
-    After its first backward pass, DistributedDataParallel assigns gradients to its buffers anew, in the order in which
-    they came. The buffers determine in which order the gradients of three or more processes are added, and so the last
-    bits. To give a continued run the same buffers as an uninterrupted one, both begin with a backward pass on blank
-    images, without an update.
+    After its first backward pass, DistributedDataParallel assigns gradients to its buffers anew, in the order of their
+    arrival. The buffers determine the order in which the gradients of three or more processes are added, and so the
+    last bits. To give a continued run the same buffers as an uninterrupted one, both begin with a backward pass on
+    blank images, without an update.
     """
     with warnings.catch_warnings():
-        # Newer versions of torch have another argument for this, which torch 2.10 does not know.
+        # Newer versions of torch have another argument for this, but torch 2.10 does not know it.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         wrapped = DistributedDataParallel(trained, broadcast_buffers=False)
-    # Before the first pass, in which only masked layers would compare them.
+    # Before the first pass, because there only masked layers would compare them.
     mask_agreement.compare(model, wrapped.process_group)
     with bn_mode(model, "eval"):
         wrapped(torch.zeros_like(x)).sum().backward()
@@ -346,7 +352,7 @@ def _average_gradients(model: nn.Module, trained: nn.Module, x: Tensor) -> tuple
 
 @contextmanager
 def _counting_correct(model: nn.Module, images: Tensor, labels: Tensor) -> Iterator[list[Tensor]]:
-    """Collect how many of these images each forward pass on them classifies as their labels, while the block runs."""
+    """While the block runs, collect for each forward pass on these images how many are classified correctly."""
     correct: list[Tensor] = []
 
     def count(model: nn.Module, inputs: tuple[Tensor, ...], logits: object) -> None:
@@ -368,7 +374,7 @@ def _counting_correct(model: nn.Module, images: Tensor, labels: Tensor) -> Itera
 
 
 def wants_channels_last(device: torch.device, precision: str) -> bool:
-    """Return whether convolutions run on tensor cores, which need 16-bit images in the memory format channels_last.
+    """Return whether convolutions run on tensor cores; these need 16-bit images in channels_last.
 
     Examples:
         >>> wants_channels_last(torch.device("cuda"), "bfloat16"), wants_channels_last(torch.device("cpu"), "bfloat16")

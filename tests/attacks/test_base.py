@@ -391,3 +391,9 @@ def test_mean_and_std_of_other_channels_are_refused():
 def test_a_standard_deviation_that_divides_by_nothing_is_refused(std):
     with pytest.raises(ValueError, match="std must be positive and finite, got"):
         torchattacks.PGD(make_model()).set_normalization_used([0.5] * 3, std)
+
+
+def test_images_stay_where_they_are_for_a_model_without_tensors():
+    assert torchattacks.PGD(nn.Flatten()).device is None and torchattacks.PGD(nn.Linear(2, 2)).device == torch.device(
+        "cpu"
+    )

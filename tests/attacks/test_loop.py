@@ -3,33 +3,23 @@
 import pytest
 import torch
 from helpers.attacked import batch, generator, make_model, philox_state
+from helpers.cpu_graphs import CpuGraphs
 from helpers.searched import classified
 from torch import nn
 
-from sparse_adv.attacks import Graphs, apgd, eotpgd, fgsm, losses, mifgsm, pgd, rfgsm
+from sparse_adv.attacks import apgd, eotpgd, fgsm, losses, mifgsm, pgd, rfgsm
 from sparse_adv.ops import random_start
 
 
-class Noted(Graphs):
-    """Counts the attacks that it is asked for."""
-
-    calls = 0
-
-    def run(self, loop, *batch):
-        self.calls += 1
-        return loop.run(*batch)
-
-
-def test_graphs_are_asked_for_attacks_whose_settings_are_numbers_alone():
+@pytest.mark.parametrize(("name", "value"), {"eps": 0.1, "alpha": 0.02, "lo": 0.0, "hi": 1.0}.items())
+def test_settings_that_are_tensors_have_no_graph(name, value):
     """The values of a tensor are no part of a graph's key."""
-    model, (images, labels) = make_model().eval(), batch()
-    numbers = {"eps": 0.1, "alpha": 0.02, "lo": 0.0, "hi": 1.0}
-    for name, value in numbers.items():
-        graphs = Noted()
-        size = 6 if name in ("eps", "alpha") else 3
-        for given, calls in ((value, 1), (torch.full((size,), value), 1), (value, 2)):
-            pgd(model, images, labels, steps=1, graphs=graphs, **numbers | {name: given})
-            assert graphs.calls == calls, name
+    model, graphs, (images, labels) = make_model(), CpuGraphs(), batch()
+    size = 6 if name in ("eps", "alpha") else 3
+    pgd(model, images, labels, steps=1, graphs=graphs, **{name: torch.full((size,), value)})
+    assert not graphs.cache.calls
+    pgd(model, images, labels, steps=1, graphs=graphs, **{name: value})
+    assert len(graphs.cache.calls) == 1
 
 
 @pytest.mark.parametrize("loss", ["ce", lambda logits, labels: None])

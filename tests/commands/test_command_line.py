@@ -155,7 +155,8 @@ def test_explain_takes_no_memory_for_sizes_that_a_file_only_claims(ticket_file, 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--epochs", "0"], "epochs must be an integer of at least 1, got 0"),
+        (["--epochs", "0"], "--epochs must be an integer of at least 1, got 0"),
+        (["--search-epochs", "-1"], "--search-epochs must be an integer of at least 1, got -1"),
         (["--density", "1.5"], "1.5"),
         (["--block", "4,x"], "4,x"),
         (["--block", "0,1"], "(0, 1)"),

@@ -19,6 +19,14 @@ from sparse_adv.training import checkpoint
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """A ticket with the weights that its search trained."""
+    out = tmp_path_factory.mktemp("kept")
+    assert main(["search", *NETWORK, *QUICK, "--epochs", "1", "--keep-weights", "--out", str(out)]) == 0
+    return out / runs.TICKET
+
+
 def test_a_search_leaves_a_ticket_and_how_it_came_about(searched):
     run, ticket = runs.read(searched), masks.load_ticket(searched / runs.TICKET)
     assert masks.density(ticket.masks) == pytest.approx(0.3, abs=0.01)
@@ -65,6 +73,29 @@ def test_controls_change_one_thing(searched, tmp_path, control):
     assert changed["conv2.weight_mask"].sum() == plain["conv2.weight_mask"].sum()
 
 
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ((), None),
+        (("--seed", "1"), "seed 0, now 1"),
+        (("--validation", "0.2"), "validation None, now 0.2"),
+        (("--seed", "1", "--reinit"), None),
+    ],
+)
+def test_validation_images_that_kept_weights_were_trained_on_are_told(kept, tmp_path, caplog, changed, told):
+    arguments = ("--limit", "200", *QUICK, "--epochs", "1", *changed, "--out", str(tmp_path))
+    assert main(["train", "--ticket", str(kept), *arguments]) == 0
+    warnings = [message for message in caplog.messages if "were trained with other settings" in message]
+    assert all(f"{kept} has weights" in each and f"({told})" in each for each in warnings)
+    assert len(warnings) == (told is not None)
+
+
+def test_rewound_weights_may_be_trained_with_any_seed(searched, tmp_path, caplog):
+    arguments = ("--limit", "200", *QUICK, "--seed", "1", "--out", str(tmp_path))
+    assert main(["train", "--ticket", str(searched / runs.TICKET), *arguments]) == 0
+    assert "were trained with other settings" not in caplog.text
+
+
 def test_convert_replaces_neither_what_it_reads_nor_a_file_of_a_run(searched, tmp_path, capsys):
     ticket = str(searched / runs.TICKET)
     before = {file: file.read_bytes() for file in searched.iterdir() if file.is_file()}
@@ -89,6 +120,8 @@ def test_report_speaks_to_people_and_to_programs(trained, searched, tmp_path, ca
     assert main(["report", str(searched), str(trained), "--out", str(tmp_path)]) == 0
     told = lines(capsys)
     assert [line.get("name") for line in told] == ["search", "a ticket", None]
+    assert main(["report", str(searched), str(tmp_path), str(searched.parent), "--out", str(tmp_path)]) == 0
+    assert [line.get("name") for line in lines(capsys)] == ["search", None]
     assert [line["epoch"] for line in told[:2]] == [2, 2] and told[1]["result"]["test"]  # of each the last epoch
     assert (tmp_path / "report.md").exists() and (tmp_path / "accuracy.png").exists()
 
@@ -211,7 +244,7 @@ def test_the_name_of_what_is_converted_is_checked_before_the_source_is_read(tmp_
     [
         (["--epoch", "3"], "there is no option '--epoch'; did you mean '--epochs'?"),
         (["--max_grad_norm=1"], "there is no option '--max_grad_norm'; did you mean '--max-grad-norm'?"),
-        (["--epochs", "many"], "error: epochs must be a whole number, got 'many'"),
+        (["--epochs", "many"], "error: --epochs must be a whole number, got 'many'"),
         (["--epochs"], "error: --epochs: expected one argument"),
         (["--augment=maybe"], "error: --augment: ignored explicit argument 'maybe'"),
         (["stray"], "nrecognized arguments: stray"),

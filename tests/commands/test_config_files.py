@@ -1,10 +1,12 @@
 """Config files: every key is a flag, flags win, and what is wrong is told in one sentence."""
 
 import pytest
+import torch
 import yaml
 from helpers.refusal import refused
+from safetensors.torch import save_file
 
-from sparse_adv import runs
+from sparse_adv import models, runs
 from sparse_adv.__main__ import main
 from sparse_adv.commands import evaluate, options, train
 from sparse_adv.config import OBJECTIVES, TrainConfig
@@ -118,7 +120,7 @@ def test_the_word_null_undoes_the_value_of_a_file(tmp_path, key):
 def test_a_recipe_serves_another_objective_when_its_settings_are_undone(capsys):
     words = "--config", "recipe:fastat-nu-at", "--objective", "pgd", "--out", "a"
     said = refused(capsys, "train", *words)
-    assert "--beta has no effect with objective 'pgd': leave it at its default null, got 4.0" in said
+    assert "--beta 4.0 has no effect with objective 'pgd': leave it out, or at its default null" in said
     run = parsed(train, *words, "--beta", "null", "--validation", "null")
     assert (run.train.beta, run.data.validation, run.train.ema_decay) == (None, None, 0.9995)
 
@@ -165,3 +167,30 @@ def test_a_switch_is_named_without_no_and_has_a_value(tmp_path, capsys, content,
     (tmp_path / "c.yaml").write_text(content)
     assert main(["train", "--config", str(tmp_path / "c.yaml"), "--out", str(tmp_path / "run")]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_what_was_typed_is_named(tmp_path, capsys):
+    """The flag, and not the argument in Python that it is given to; where a list has spaces, what to write instead."""
+    (tmp_path / "file").touch()
+    train = ("train", "--arch", "digits_cnn", "--out")
+    out, file = str(tmp_path / "run"), str(tmp_path / "file")
+    assert "error: --limit must be from 2 to the" in refused(capsys, *train, out, "--limit", "1")
+    assert "error: --interval must be" in refused(capsys, *train, out, "--method", "rigl", "--interval", "0")
+    assert "error: --epochs must be a whole number" in refused(capsys, *train, out, "--epochs", "many")
+    said = refused(capsys, *train, out, "--milestones", "0.5", "0.75")
+    assert "error: --milestones must be numbers separated by commas: write --milestones 0.5,0.75" in said
+    assert f"error: --config {out}/a: there is no such file" in refused(capsys, *train, out, "--config", f"{out}/a")
+    for command in (train, ("search", "--arch", "digits_cnn", "--out"), ("demo", "--out"), ("report", out, "--out")):
+        said = refused(capsys, *command, f"{file}/a")
+        assert f"error: --out must be a folder, got {file}/a, where {file} is a file" in said
+    torch.save(models.build("digits_cnn", width=4).state_dict(), tmp_path / "a.pt")
+    save_file({"a": torch.zeros(1)}, file)
+    network = ("--arch", "digits_cnn", "--width", "4", "--data", "digits", "--images", "4")
+    said = refused(capsys, "evaluate", str(tmp_path / "a.pt"), *network, "--attack", "autoattack", "--state", file)
+    assert f"error: --state {file} is no state of AutoAttack: it lacks the key 'sparse_adv_autoattack'" in said
+
+
+def test_a_config_file_of_another_command_is_recognised(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("reinit: true\n")
+    said = refused(capsys, "search", "--config", str(tmp_path / "config.yaml"), "--out", str(tmp_path / "run"))
+    assert "'reinit' is an option of `train`, not of this command" in said and "did you mean" not in said

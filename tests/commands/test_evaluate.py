@@ -37,6 +37,17 @@ def test_evaluate_measures_a_run_as_the_run_did(trained, capsys, tmp_path):
     assert found["images"] == 15 and found["pgd-5 x 3"] <= found["clean"]
 
 
+def test_a_test_that_may_take_minutes_says_what_it_does(trained, tmp_path, caplog, capsys):
+    caplog.set_level("INFO")
+    assert main(["evaluate", str(trained), "--images", "20", "--steps", "2"]) == 0
+    assert "testing on 20 images: clean, fgsm, pgd-2, pgd-50 x 5 on the margin" in caplog.messages
+    run = shutil.copytree(trained, tmp_path / "run")
+    (run / runs.RESULT).unlink()
+    assert main(["train", "--config", str(run / "config.yaml"), "--out", str(run), "--device", "cpu"]) == 0
+    assert f"{run}: testing on 300 images: clean, fgsm, pgd-20" in caplog.messages
+    assert all(line.startswith("{") for line in capsys.readouterr().out.splitlines())
+
+
 def test_the_bound_of_evaluate_is_what_withstood_every_attack(trained, capsys, monkeypatch):
     """Each attack alone breaks another of six images."""
     seen = {}
@@ -67,9 +78,18 @@ def test_evaluate_names_the_ticket_of_a_search_and_the_weights_that_a_run_lacks(
     assert str(run / runs.BEST) in said and "search" not in said
 
 
+def test_the_weights_that_a_run_has_tested_are_evaluated_even_without_its_epochs(trained, tmp_path, capsys):
+    run = shutil.copytree(trained, tmp_path / "run")
+    assert runs.read(run).result.tested == "best"
+    (run / runs.EPOCHS).unlink()
+    assert main(["evaluate", str(run), "--images", "20", "--steps", "1"]) == 0
+    assert lines(capsys)[0]["weights"] == "best"
+
+
 def test_a_run_none_of_whose_epochs_counts_is_that_of_its_last_weights(trained, tmp_path, capsys):
     run = shutil.copytree(trained, tmp_path / "run")
-    (run / runs.BEST).unlink()
+    for name in (runs.BEST, runs.RESULT):
+        (run / name).unlink()
     records = [replace(record, may_be_result=False) for record in runs.read(trained).records]
     json_files.write_lines(run / runs.EPOCHS, records)
     assert main(["evaluate", str(run), "--images", "6", "--steps", "1"]) == 0
@@ -198,7 +218,8 @@ def test_evaluate_takes_anyones_dense_checkpoint(tmp_path, capsys):
         message = refused(capsys, "evaluate", str(tmp_path / "a.pt"), "--attack", "autoattack", flag, "1")
         assert f"{flag} is for --attack bound, got --attack autoattack" in message
     for flag in ("--limit", "--validation"):
-        assert f"{flag} divides the training images" in refused(capsys, "evaluate", str(tmp_path / "a.pt"), flag, "50")
+        said = refused(capsys, "evaluate", str(tmp_path / "a.pt"), flag, "50")
+        assert f"{flag} applies to --split train or validation, got --split test" in said
 
 
 @pytest.mark.parametrize(("flag", "mean"), [("mnist", 0.1307), ("none", 0.0)])

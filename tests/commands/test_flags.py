@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from helpers.digit_runs import pruned_state
+from helpers.run_folders import make
 
 from sparse_adv import attacks, data, demo, experiment, masks, models, runs, training
 from sparse_adv.__main__ import main
@@ -176,7 +177,7 @@ NOTHING = {
     ("command", "settings"),
     [
         *[("train", each) for each in (TRAIN | METHOD, FREE | RESCALED, NOTHING | {"deterministic": True})],
-        *[("search", each) for each in (TRAIN | PRUNE, {"keep_weights": True}, NOTHING | {"density": 0.0})],
+        *[("search", each) for each in (TRAIN | PRUNE, {"keep_weights": True}, NOTHING | {"rewind_step": 0})],
     ],
 )
 def test_a_run_repeats_with_every_setting_in_its_own_config_file(command, settings, tmp_path):
@@ -305,8 +306,9 @@ def test_a_demo_is_given_every_setting(reach, tmp_path):
 
 
 def test_a_report_is_given_every_setting(reach, tmp_path):
-    asked = reach(report, "report", "report", "a", "b", "--out", str(tmp_path), "--level", "0.25")
-    assert list(map(str, asked["folders"])) == ["a", "b"] and (asked["out"], asked["level"]) == (tmp_path, 0.25)
+    folders = [make(tmp_path / name) for name in ("a", "b")]
+    asked = reach(report, "report", "report", *map(str, folders), "--out", str(tmp_path), "--level", "0.25")
+    assert asked["folders"] == folders and (asked["out"], asked["level"]) == (tmp_path, 0.25)
 
 
 def test_a_conversion_is_given_every_setting(reach, checkpoint, tmp_path):

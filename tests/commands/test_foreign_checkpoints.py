@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers.refusal import refused
 
 from sparse_adv import masks, models, runs
 from sparse_adv.__main__ import main
@@ -30,3 +31,12 @@ def test_a_checkpoint_of_other_code_is_converted_and_trained_under_the_names_her
         assert main([*run, "--ticket", str(tmp_path / name), "--out", str(out), *more]) == 0
         ends.append(checkpoint.read_weights(out / runs.LAST)[0])
     assert all(ends[0][name].equal(value) for name, value in ends[1].items())
+
+
+def test_masks_alone_are_refused_before_any_question_about_a_network(tmp_path, capsys):
+    model = models.build("digits_cnn", width=4)
+    kept = {f"{name}.weight": mask for name, mask in masks.prune(model, 0.5).items()}
+    torch.save(kept, tmp_path / "masks.pt")
+    flags = ("--arch", "digits_cnn", "--reinit", "--out", str(tmp_path / "run"))
+    said = refused(capsys, "train", "--ticket", str(tmp_path / "masks.pt"), *flags)
+    assert f"'{tmp_path / 'masks.pt'}': there are masks, but no weights: combine masks with their weights by" in said

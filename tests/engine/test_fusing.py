@@ -66,6 +66,10 @@ STEPS = {
         OfLayers(lambda m, x: m.norm.weight.relu()[:, None, None] * m.a(x) + m.b(x)),
         [CONV, "autograd", CONV + " + residual"],
     ),
+    "split, indexed later": (
+        OfLayers(lambda m, x: torch.cat([(parts := m.a(x).split(2, 1))[0] * m.b(x)[:, :2], parts[1]], 1)),
+        [CONV, "autograd", CONV, "autograd"],
+    ),
     "scaled sum": (OfLayers(lambda m, x: torch.add(m.a(x), m.b(x), alpha=2)), [CONV, CONV, "autograd"]),
 }
 

@@ -13,7 +13,8 @@ from sparse_adv.engine import kernels_cpu
 def network():
     torch.manual_seed(0)
     blocks = [layer for _ in range(3) for layer in (nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU())]
-    return nn.Sequential(nn.Conv2d(3, 64, 3), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)).eval()
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)
+    return nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.MaxPool2d(2), *blocks, *head).eval()
 
 
 def new_masks(model, density, block):
@@ -26,7 +27,7 @@ def random_score(name, weight):
 
 @pytest.mark.parametrize("block", [(4, 4), (4, 4, 3, 3), (1, 1)], ids=str)
 def test_the_kernels_are_those_of_a_new_program(block):
-    model, x = network(), torch.rand(16, 3, 16, 16)
+    model, x = network(), torch.rand(16, 3, 34, 34)
     labels = torch.arange(16) % 10
 
     def loss(logits):

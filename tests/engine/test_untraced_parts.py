@@ -243,4 +243,4 @@ def test_a_part_that_returns_another_size_than_in_the_trace_leaves_the_model(the
             torch.testing.assert_close(gradients.logits(x), model(x).detach())
             expected = engine.Autograd(model).gradient(x, torch.sum)
             torch.testing.assert_close(gradients.gradient(x, torch.sum), expected)
-        assert caplog.text.count("resize returns [4, 3, 16, 16], in the trace [4, 3, 8, 8]") == count
+        assert caplog.text.count("module 'resize' returns [4, 3, 16, 16], in the trace [4, 3, 8, 8]") == count

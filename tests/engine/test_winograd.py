@@ -10,9 +10,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_adv import engine, masks, models
-from sparse_adv.engine.kernels_cpu import MaskedWinogradConvolution, WinogradConvolution
+from sparse_adv.engine.kernels_cpu import DenseWinogradConvolution, MaskedWinogradConvolution, NchwConvolution
 from sparse_adv.engine.steps import ConvolutionStep
-from sparse_adv.engine.winograd import takes_live_filters, winograd_tile
+from sparse_adv.engine.winograd import TrainedConvolution, is_faster_in_nchw, takes_live_filters, winograd_tile
 from sparse_adv.nn import sparsify
 
 
@@ -22,7 +22,7 @@ def program_of(model, x):
     filtered = [
         step._convolution.tile
         for step in program.steps
-        if isinstance(step, ConvolutionStep) and isinstance(step._convolution, WinogradConvolution)
+        if isinstance(step, ConvolutionStep) and isinstance(step._convolution, DenseWinogradConvolution)
     ]
     return program, filtered
 
@@ -118,6 +118,43 @@ def test_masked_layers_are_filtered_where_that_is_faster(block, low, high):
         model = trained_statistics("resnet18", width=16)
         sparsify(model, masks.prune(model, density=density, block=block, scope="uniform"))
         assert (not program_of(model, x)[1]) == is_sparse
+
+
+def test_wide_layers_of_few_pixels_run_in_nchw():
+    torch.manual_seed(0)
+    wide = nn.Conv2d(256, 256, 3, padding=1)
+    model = nn.Sequential(nn.Conv2d(3, 256, 3, padding=1), nn.ReLU(), wide, nn.ReLU(), nn.Flatten(), nn.LazyLinear(10))
+    x = torch.rand(4, 3, 4, 4)
+    model(x)
+    program, _ = program_of(model.eval(), x)
+    kinds = [type(step._convolution) for step in program.steps if isinstance(step, ConvolutionStep)]
+    assert kinds[-1] is NchwConvolution
+    assert_equals_autograd(program, model, x)
+
+
+def test_images_in_channels_last_stay_so_in_training():
+    layer = nn.Conv2d(256, 256, 3, padding=1)
+    x = torch.rand(4, 256, 4, 4, requires_grad=True)
+    formats = []
+    handle = layer.register_forward_pre_hook(lambda layer, args: formats.append(args[0].is_contiguous()))
+    y = TrainedConvolution(layer)(x.contiguous(memory_format=torch.channels_last))
+    handle.remove()
+    assert formats == [True] and y.is_contiguous(memory_format=torch.channels_last)
+    grad = torch.rand_like(y)
+    given = torch.autograd.grad(y, [x, layer.weight], grad)
+    plain = torch.autograd.grad(layer(x), [x, layer.weight], grad)
+    for actual, expected in zip(given, plain, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_other_layers_stay_in_channels_last():
+    layer = nn.Conv2d(256, 256, 3, padding=1)
+    assert is_faster_in_nchw(layer, (4, 256, 4, 4)) and not is_faster_in_nchw(layer, (4, 256, 8, 8))
+    assert not is_faster_in_nchw(layer, (4, 256, 1, 1))
+    assert not is_faster_in_nchw(nn.Conv2d(128, 256, 3, padding=1), (4, 128, 4, 4))
+    assert not is_faster_in_nchw(nn.Conv2d(256, 256, 1), (4, 256, 4, 4))
+    assert not is_faster_in_nchw(nn.Conv2d(256, 256, 3, 2, 1), (4, 256, 8, 8))
+    assert not is_faster_in_nchw(layer, (1, 256, 4, 4)) and not is_faster_in_nchw(layer.double(), (4, 256, 4, 4))
 
 
 def live_filtered(model, x):

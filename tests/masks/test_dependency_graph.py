@@ -150,7 +150,7 @@ def test_arguments_after_the_first_keep_their_defaults():
     model = Flags().eval()
     groups = dependency_groups(model, SHAPE)
     assert group_of(groups, "first").fixed == "" and group_of(groups, "second").fixed == ""
-    masks = prune(model, 0.5, "filter", "uniform", example_input=SHAPE)
+    masks = prune(model, 0.5, "filter", scope="uniform", example_input=SHAPE)
     shrunk = shrink(model, masks, SHAPE)
     assert shrunk.widths == {"first": (8, 4), "second": (8, 4), "head": (5, 5)}
     x = torch.rand(SHAPE)

@@ -1,6 +1,8 @@
 """Checkpoints of others that are not what they seem: read, or refused in one sentence that says what to do."""
 
 import argparse
+import copy
+import re
 import struct
 import time
 import zipfile
@@ -12,7 +14,8 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from sparse_adv.masks import load_pruned, prune, save_ticket
+from sparse_adv import tickets
+from sparse_adv.masks import Ticket, load_pruned, prune, save_ticket
 
 
 @pytest.fixture
@@ -53,7 +56,7 @@ def test_other_objects_are_refused_with_the_remedy(model, tmp_path, of):
 def test_archives_of_others_are_named(model, tmp_path):
     torch.jit.save(torch.jit.script(model), tmp_path / "model.pt")
     np.savez(tmp_path / "arrays.npz", a=np.zeros(3))
-    for name, said in (("model.pt", "it is a TorchScript program"), ("arrays.npz", "that torch.save did not write")):
+    for name, said in (("model.pt", "it is a TorchScript program"), ("arrays.npz", r"it is a NumPy archive \(\.npz\)")):
         with pytest.raises(ValueError, match=f"{name}.*{said}"):
             load_pruned(tmp_path / name)
 
@@ -191,3 +194,57 @@ def test_text_in_place_of_a_file_of_tensors_is_told_as_such(tmp_path, name, cont
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=f"{name}' is not a readable .*: it is text that begins with '{content[:5]}"):
         load_pruned(tmp_path / name)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(model, tmp_path, value):
+    """NaN is not zero: a mask was lost, and a training that started from such a file blamed the learning rate."""
+    path, state = tmp_path / "a.pt", {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    name = next(key for key, tensor in state.items() if tensor.dim() == 4).removesuffix(".weight")
+    weight = state[f"{name}.weight"]
+    weight[0], weight[1] = 0, value
+    torch.save(state, path)
+    said = re.escape(f"{str(path)!r}: '{name}.weight' has values that are not finite")
+    for dense in (False, True):
+        with pytest.raises(ValueError, match=said):
+            load_pruned(path, dense=dense)
+    ticket = Ticket({name: torch.ones_like(weight, dtype=torch.bool)}, state)
+    save_ticket(path, ticket)
+    with pytest.raises(ValueError, match=said):
+        load_pruned(path)
+    with pytest.raises(ValueError, match=f"'{name}.weight' has values that are not finite"):
+        tickets.restore(copy.deepcopy(model), ticket, (1, 1, 8, 8))
+    ticket.masks[name][1] = False  # what is pruned may have any value
+    save_ticket(path, ticket)
+    assert load_pruned(path).masks[name].equal(ticket.masks[name])
+
+
+def test_a_bias_of_several_dimensions_may_hold_infinities(pruned, tmp_path):
+    """A causal mask of an attention does."""
+    causal = torch.full((4, 4), -torch.inf).triu(1)
+    assert load_pruned(written(tmp_path, dict(pruned) | {"attention.bias": causal}), dense=True).masks
+
+
+def test_a_mask_is_for_the_parameter_of_its_own_name_first(tmp_path):
+    state = {f"{name}.weight": torch.rand(4, 4) + 1 for name in ("head", "mask_head")}
+    masks_file = tmp_path / "masks.pt"
+    torch.save({"mask_head.weight": torch.eye(4)}, masks_file)
+    assert set(load_pruned(written(tmp_path, state), mask_path=masks_file).masks) == {"mask_head"}
+
+
+def test_weights_of_a_byte_are_read(pruned, tmp_path):
+    state = {key: tensor.to(torch.float8_e4m3fn) for key, tensor in pruned.items()}
+    assert set(load_pruned(written(tmp_path, state)).masks) == {"0", "2"}
+
+
+@pytest.mark.parametrize("style", ["{}", "{}.weight", "{}.mask", "{}.weight_mask", "mask_{}___weight"])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_masks_without_weights_are_told_as_such_and_combined_with_weights(model, tmp_path, style, dtype):
+    kept = prune(model, 0.3, linear=True)
+    path = written(tmp_path, {style.format(name): mask.to(dtype) for name, mask in kept.items()})
+    for dense in (False, True):
+        with pytest.raises(ValueError, match=r"there are masks, but no weights: combine .*sparse-adv convert WEIGHTS"):
+            load_pruned(path, dense=dense)
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    combined = load_pruned(tmp_path / "weights.pt", path)
+    assert all(combined.masks[name].equal(mask) for name, mask in kept.items())

@@ -180,9 +180,9 @@ def test_a_list_of_masks_that_does_not_fit_the_model_raises(model, masks, path, 
     as_npy(tmp_path / "mask.npy", list(masks.values()))
     with pytest.raises(ValueError, match=r"there are 3 masks, but the model has 4 Conv2d, Linear and BatchNorm layers"):
         load_pruned(path, tmp_path / "mask.npy", model=model)
-    with pytest.raises(ValueError, match=r"mask\.npy': the masks have no names, so that model must be given"):
+    with pytest.raises(ValueError, match=r"mask\.npy': the masks have no names, so that the model must be given"):
         load_pruned(path, tmp_path / "mask.npy")
-    with pytest.raises(ValueError, match=r"mask\.npy' is a NumPy file: pass it as mask_path"):
+    with pytest.raises(ValueError, match=r"mask\.npy' is a NumPy file: combine masks with their weights"):
         load_pruned(tmp_path / "mask.npy")
 
 

@@ -27,8 +27,10 @@ def test_later_masks_keep_no_weight_that_earlier_ones_prune(shapes, block, scope
     for layer in model:  # whose kept weights may be 0 as well
         nn.init.normal_(layer.weight, generator=draw)
         layer.weight.data[torch.rand(layer.weight.shape, generator=draw) < zeros] = 0
-    first = prune(model, max(shares), block, scope)
-    second = prune(model, min(shares), block, scope, within=first, score=lambda name, weight: weight.abs().flip(0))
+    first = prune(model, max(shares), block, scope=scope)
+    second = prune(
+        model, min(shares), block, scope=scope, within=first, score=lambda name, weight: weight.abs().flip(0)
+    )
     assert all((first[name] | ~second[name]).all() for name in first)
     each = [second] if scope == "global" else [{name: mask} for name, mask in second.items()]
     for part in each:

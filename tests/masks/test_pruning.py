@@ -115,6 +115,13 @@ def test_erk_densities_follow_the_formula():
     assert counts(masks) == {n: round(scale * sum(shape)) for n, shape in shapes.items()}
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_layer_without_weights_keeps_none(scope):
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(0, 5))
+    assert counts(prune(model, 0.5, scope=scope, linear=True)) == {"0": 18, "2": 0}
+
+
 def test_erk_uses_the_formula_without_filter_size_for_linear_layers():
     model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Linear(20, 30), nn.Linear(30, 40))
     scale = 0.2 * (288 + 600 + 1200) / (18 + 50 + 70)
@@ -149,7 +156,7 @@ def test_igq_gives_all_layers_one_force_and_keeps_the_total_density(share):
     block=st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 4), st.integers(1, 4)),
 )
 def test_masks_obey_their_block_and_are_as_near_the_density_as_blocks_allow(scope, share, block):
-    masks = prune(network(), share, block, scope, linear=True)
+    masks = prune(network(), share, block, scope=scope, linear=True)
     assert all(obeys(mask, block) for mask in masks.values())
     groups = [masks] if scope == "global" else [{n: mask} for n, mask in masks.items()]
     for group in groups if scope in ("global", "uniform") else []:
@@ -236,7 +243,7 @@ def test_invalid_arguments_raise_an_error_that_names_them(arguments, message):
 @pytest.mark.parametrize(("block", "dim"), [("filter", 1), ("channel", 2)])
 def test_filters_and_channels_are_kept_or_pruned_as_a_whole(block, dim, scope):
     model = network()
-    for name, mask in prune(model, 0.5, block, scope).items():
+    for name, mask in prune(model, 0.5, block, scope=scope).items():
         by_group = mask.unflatten(0, (getattr(model.get_submodule(name), "groups", 1), -1))
         channels = by_group.transpose(1, dim).flatten(2)
         assert torch.equal(channels.any(2), channels.all(2)), name
@@ -269,10 +276,10 @@ def residual_network() -> nn.Module:
 @pytest.mark.parametrize("scope", SCOPES)
 def test_with_example_input_filters_joined_by_a_residual_sum_are_pruned_together(scope):
     model, shape = residual_network(), (1, 3, 32, 32)
-    masks = prune(model, 0.5, "filter", scope, example_input=shape)
+    masks = prune(model, 0.5, "filter", scope=scope, example_input=shape)
     rows = {name: mask.flatten(1).any(1) for name, mask in masks.items()}
     assert rows["conv1"].equal(rows["layer1.0.conv2"]) and rows["conv1"].equal(rows["layer1.1.conv2"])
-    alone = prune(model, 0.5, "filter", scope)
+    alone = prune(model, 0.5, "filter", scope=scope)
     assert not alone["conv1"].equal(alone["layer1.0.conv2"])
     kept = sum(int(mask.sum()) for mask in masks.values()) / sum(mask.numel() for mask in masks.values())
     assert abs(kept - 0.5) < 0.02

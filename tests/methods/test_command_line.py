@@ -51,10 +51,10 @@ def test_a_method_trains_and_its_run_is_read_by_the_other_commands(out, tmp_path
             ["--method", "rigle"],
             "method must be one of none, static, flying-bird, flying-bird-plus, rigl, set, gmp, got 'rigle'",
         ),
-        (["--method", "gmp", "--density", "2"], "density must be in [0, 1], got 2.0"),
+        (["--method", "gmp", "--density", "2"], "density must be in (0, 1], got 2.0"),
         (["--method", "set", "--block", "0,4"], "block must be 2 or 4 positive integers"),
-        (["--method", "rigl", "--adapt-from", "0.5"], "adapt_from is a setting of method 'flying-bird-plus'"),
-        (["--method", "static", "--dense-epochs", "3"], "dense_epochs must be less than the 3 epochs of the run"),
+        (["--method", "rigl", "--adapt-from", "0.5"], "--adapt-from is a setting of method 'flying-bird-plus'"),
+        (["--method", "static", "--dense-epochs", "3"], "--dense-epochs must be less than the 3 epochs of the run"),
         (["--method", "set", "--ticket", "x"], "--method set makes its own masks: leave out --ticket"),
     ],
 )

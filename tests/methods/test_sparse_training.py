@@ -180,12 +180,10 @@ def test_grown_weights_start_at_zero_and_kept_ones_are_unchanged():
 
 
 @pytest.mark.parametrize("method", ["static", *CHANGING])
-@pytest.mark.parametrize("density", [0.0, 1.0])
-def test_densities_0_and_1(method, density):
-    hook = SparseTraining(MethodConfig(method, density=density, block=(4, 4), interval=2))
+def test_density_1(method):
+    hook = SparseTraining(MethodConfig(method, density=1.0, block=(4, 4), interval=2))
     _, records = run(hook)
-    assert records[-1].density.weights == density
-    assert all(bool(mask.all() if density else not mask.any()) for mask in hook.masks().values())
+    assert records[-1].density.weights == 1 and all(mask.all() for mask in hook.masks().values())
 
 
 def test_static_masks_stay_and_differ_by_seed():

@@ -19,7 +19,7 @@ def test_random_masks_keep_small_blocks_as_often_as_others():
 def test_filters_that_a_ticket_lacks_are_trained_where_they_may_grow():
     """Their BatchNorm channels, which restore keeps at 0, would take the gradient from what grows before them."""
     torch.manual_seed(0)
-    kept = masks.prune(model := odd_network(), 0.5, "filter", "uniform")
+    kept = masks.prune(model := odd_network(), 0.5, "filter", scope="uniform")
     ticket = masks.Ticket(kept, model.state_dict(), {})
     for method in ("static", "set"):
         model = tickets.restore(odd_network(), ticket, (1, 1, 6, 6))

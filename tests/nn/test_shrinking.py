@@ -46,7 +46,7 @@ def test_the_function_is_unchanged(name, zeroed, multiple):
 
 def test_half_of_every_width_is_removed_if_residual_branches_prune_the_same_channels():
     model, shape = network("resnet18")
-    masks = prune(model, 0.5, "filter", "uniform", example_input=shape)
+    masks = prune(model, 0.5, "filter", scope="uniform", example_input=shape)
     zero_dead_channels(model, masks, shape)
     shrunk = shrink(model, masks, shape)
     assert {after / before for name, (before, after) in shrunk.widths.items() if name in masks} == {0.5}
@@ -60,7 +60,7 @@ def test_half_of_every_width_is_removed_if_residual_branches_prune_the_same_chan
 def test_many_pruned_channels_that_stay_are_told_with_the_remedy(zeroed, caplog):
     """As in a trained network, whose BatchNorm has biases other than 0."""
     model, shape = network("resnet18")
-    masks = prune(model, 0.5, "filter", "uniform", example_input=shape)
+    masks = prune(model, 0.5, "filter", scope="uniform", example_input=shape)
     if zeroed:
         zero_dead_channels(model, masks, shape)
     shrink(model, masks, shape)
@@ -86,7 +86,7 @@ def test_constants_that_stay_are_told_if_they_are_more_than_a_tenth_of_the_prune
 
 def test_without_coupling_only_inner_channels_are_removed():
     model, shape = network("resnet18")
-    masks = prune(model, 0.5, "filter", "uniform")
+    masks = prune(model, 0.5, "filter", scope="uniform")
     zero_dead_channels(model, masks, shape)
     widths = shrink(model, masks, shape).widths
     halved = [name for name, (before, after) in widths.items() if after == before / 2]

@@ -1,6 +1,8 @@
 """What importing the package costs, and that one module alone loads native code; `lint-imports` checks the layers."""
 
+import os
 import re
+import signal
 import subprocess
 import sys
 import tomllib
@@ -62,3 +64,28 @@ def test_every_public_name_is_reachable_from_the_package_alone():
 def test_the_version_is_the_one_that_pyproject_names():
     project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
     assert sparse_adv.__version__ == software().sparse_adv == project["version"]
+
+
+@pytest.mark.parametrize("start", ["module", "script"])
+def test_ctrl_c_during_the_imports_of_the_command_line_ends_it_with_one_line(start, tmp_path):
+    """They take over a second; an exception in their midst printed a traceback, or another error in its place."""
+    script = tmp_path / "sparse-adv"  # as pip writes it
+    script.write_text("import sys\nfrom sparse_adv.__main__ import main\nsys.exit(main())\n")
+    started = ["-m", "sparse_adv"] if start == "module" else [str(script)]
+    command = [sys.executable, "-X", "importtime", *started, "doctor"]
+    environment = os.environ | {"PYTHONPATH": str(PACKAGE.parent)}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        assert any("torch" in line for line in process.stderr)  # a part of torch has been imported
+        process.send_signal(signal.SIGINT)
+        *_, last = process.stderr
+    assert (process.returncode, last) == (130, "sparse-adv: stopped\n")
+
+
+def test_ctrl_c_ends_the_imports_where_nobody_reads_the_message():
+    code = "import os; from sparse_adv import interruption; os.close(2); interruption._end_at_once(2, None)"
+    assert in_a_new_process(code)[0] == 130
+
+
+def test_ctrl_c_stays_as_it_is_for_other_programs_that_import_the_package():
+    code = "import signal, sparse_adv; assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"
+    assert in_a_new_process(code) == (0, "", "")

@@ -290,9 +290,11 @@ def test_a_setting_that_one_run_has_and_another_lacks_is_no_setting_of_both(tmp_
 def test_folders_that_cannot_be_reported_are_refused_and_nothing_is_written(tmp_path):
     out, good, new = tmp_path / "out", make(tmp_path / "good"), make(tmp_path / "new", ())
     with pytest.raises(ValueError, match=r"new has no epochs yet: wait for the first"):
-        report.report([good, new], out)
-    with pytest.raises(FileNotFoundError, match=r"is not a run folder: it has no run\.json"):
-        report.report([good, tmp_path], out)
+        report.report([new], out)
+    with pytest.raises(ValueError, match=r"new has no epochs yet.*; .* is not a run folder: it has no run\.json"):
+        report.report([new, tmp_path], out)
+    with pytest.raises(FileNotFoundError, match=r"there is no run folder .*mistyped"):
+        report.report([good, tmp_path / "mistyped"], out)
     with pytest.raises(ValueError, match="at least one run folder, got none"):
         report.report([], out)
     with pytest.raises(ValueError, match=r"level must be an accuracy"):
@@ -300,6 +302,34 @@ def test_folders_that_cannot_be_reported_are_refused_and_nothing_is_written(tmp_
     assert not out.exists()
     with pytest.raises(NotADirectoryError, match=r"run\.json is a file: a report needs a folder"):
         report.report([good], good / "run.json")
+
+
+def test_folders_without_a_readable_run_are_left_out_of_a_report_with_a_warning(tmp_path, caplog):
+    good, new, damaged = make(tmp_path / "good"), make(tmp_path / "new", ()), make(tmp_path / "damaged")
+    epochs, other = damaged / runs.EPOCHS, tmp_path / "a file"
+    epochs.write_text(epochs.read_text()[:-5])
+    other.touch()
+    text = report.report([new, damaged, other, good], tmp_path / "out")
+    assert text.startswith("# Report of 1 run\n")
+    assert [row["run"] for row in cells(text.split("## Time")[0])] == ["good"]
+    said = [f"{new} has no epochs yet", f"{epochs}, line 3 is not JSON", f"{other} is not a run folder"]
+    assert len(caplog.messages) == 3
+    for message, reason in zip(caplog.messages, said, strict=True):
+        assert message.startswith(f"left out of the report: {reason}")
+
+
+def test_a_folder_that_holds_a_report_alone_is_no_run_and_no_error(tmp_path, caplog):
+    folder = make(tmp_path / "a")
+    for _ in range(2):  # the second time its own folder is among those that runs/* names
+        text = report.report(sorted(tmp_path.iterdir()), tmp_path / "report")
+        assert [row["run"] for row in cells(text.split("## Time")[0])] == ["a"] and not caplog.messages
+    with pytest.raises(ValueError, match=r"folders must name a run folder, got a report alone, .*report"):
+        report.report([tmp_path / "report"], tmp_path / "other")
+    (tmp_path / "report" / "notes.txt").touch()
+    with pytest.raises(ValueError, match="report is not a run folder"):
+        report.report([tmp_path / "report"], tmp_path / "other")
+    report.report([folder], folder)  # a folder may hold a run and a report
+    assert [run.name for run in report.reportable([folder])] == ["a"]
 
 
 def test_a_missing_matplotlib_is_named_with_its_package(tmp_path, monkeypatch):

@@ -34,8 +34,9 @@ def test_a_cheap_search_finds_a_ticket_for_training_on_all_images(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--density", "2"], "density must be a number in [0, 1], got 2.0"),
-        (["--keep-weights", "--rewind-step", "2"], "rewind_step must be 0 with keep_weights"),
+        (["--density", "0"], "density must be in (0, 1], got 0.0"),
+        (["--density", "2"], "density must be in (0, 1], got 2.0"),
+        (["--keep-weights", "--rewind-step", "2"], "--rewind-step must be 0 with keep_weights"),
         (["--epochs", "2", "--rewind-step", "5"], "must be an update of the first round, which has 4, got 5"),
         (["--share", "1.5"], "share must be in (0, 1], got 1.5"),
     ],

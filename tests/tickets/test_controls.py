@@ -60,7 +60,7 @@ def network() -> nn.Module:
 @pytest.mark.parametrize("block", [(16, 16), (3, 5), (5, 1, 3, 1), "filter", "channel"])
 def test_a_given_block_is_moved_as_a_whole(block):
     model = network()
-    pruned = masks.prune(model, 0.3, block, "uniform", linear=True)
+    pruned = masks.prune(model, 0.3, block, scope="uniform", linear=True)
     shuffled = tickets.shuffle(pruned, 0, block, model)
     assert {name: int(mask.sum()) for name, mask in shuffled.items()} == {
         name: int(mask.sum()) for name, mask in pruned.items()
@@ -71,7 +71,7 @@ def test_a_given_block_is_moved_as_a_whole(block):
         return shuffled[name].float()
 
     # Whole blocks are kept whole if they have the scores 1 and 0.
-    again = masks.prune(model, 0.3, block, "uniform", score=keep, linear=True)
+    again = masks.prune(model, 0.3, block, scope="uniform", score=keep, linear=True)
     assert all(again[name].equal(mask) for name, mask in shuffled.items())
 
 

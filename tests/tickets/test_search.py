@@ -291,8 +291,8 @@ def test_a_search_that_stops_between_two_rounds_goes_on_with_the_order_of_the_im
 
 def test_a_pruning_configuration_that_does_not_fit_is_refused_before_training():
     epochs = []
-    with pytest.raises(ValueError, match=r"density must be a number in \[0, 1\], got 2"):
-        tickets.search(network(), batches(), CONFIG, PruneConfig(density=2), on_epoch=epochs.append)
+    with pytest.raises(ValueError, match=r"score must be a function or one of .*, got 'taylor'"):
+        tickets.search(network(), batches(), CONFIG, PruneConfig(score="taylor"), on_epoch=epochs.append)
     assert not epochs
 
 

@@ -276,5 +276,5 @@ def test_a_refusal_before_there_is_a_group_is_printed_by_one_of_the_processes(tm
 def test_a_refusal_within_the_group_is_printed_by_one_of_the_processes(tmp_path):
     ends = run_command_by_rank(tmp_path, "train", *FLAGS, "--batch-size", "63", "--out", str(tmp_path / "run"))
     assert [code for code, _ in ends] == [2, 2]
-    message = "batch_size must be a positive multiple of world_size (2), got 63"
+    message = "--batch-size must be a positive multiple of world_size (2), got 63"
     assert_refused(tmp_path, [line for _, lines in ends for line in lines], message)

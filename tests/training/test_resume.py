@@ -297,4 +297,4 @@ def test_too_little_memory_is_no_damage(tmp_path):
         RuntimeError("DefaultCPUAllocator: can't allocate memory"),
     ):
         assert checkpoint.damaged(tmp_path, error) is error
-    assert "(KeyError: 'x'): delete its folder" in str(checkpoint.damaged(tmp_path, KeyError("x")))
+    assert "delete its folder to start anew (KeyError: 'x')" in str(checkpoint.damaged(tmp_path, KeyError("x")))

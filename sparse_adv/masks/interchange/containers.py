@@ -17,7 +17,7 @@ from sparse_adv.plain_pickles import PlainDtype, plain_scalar, unpickle_arrays
 
 _NUMPY = b"\x93NUMPY"
 _TORCH = (b"PK\x03\x04", b"\x80")
-"""A zip archive, or a bare pickle, which torch wrote before 1.6."""
+"""A zip archive, or a bare pickle as torch before 1.6 wrote it."""
 
 _HARMLESS: list[Any] = [
     argparse.Namespace,
@@ -28,10 +28,13 @@ _HARMLESS: list[Any] = [
     (plain_scalar, "numpy.core.multiarray.scalar"),
     (plain_scalar, "numpy._core.multiarray.scalar"),
 ]
-"""Classes that checkpoints often hold, for settings and accuracies; numbers of NumPy become those of Python."""
+"""Classes that checkpoints often hold, for settings and accuracies; NumPy's numbers become Python's."""
 
 _MOST_MASKS = 10_000
-"""Largest number of masks in a list, which has one for each layer of a network."""
+"""Largest number of masks in a list; a list has one mask for each layer of a network."""
+
+COMBINE = "combine masks with their weights by `sparse-adv convert WEIGHTS TARGET --masks FILE`"
+"""What to do with a file of masks alone."""
 
 _REMEDY = (
     "if you trust the file, load it where it was written and save its tensors alone: "
@@ -65,13 +68,13 @@ def read_tensors(path: Path) -> Any:
         ValueError: if it is damaged, has another format, or contains other objects than tensors and plain data.
     """
     if is_npy(path):
-        raise ValueError(f"{str(path)!r} is a NumPy file: pass it as mask_path, and the weights as path")
+        raise ValueError(f"{str(path)!r} is a NumPy file: {COMBINE}")
     try:
         if _is_torch(path):
             with path.open("rb") as file, torch.serialization.safe_globals(_HARMLESS):
                 return torch_files.load(file)
         return load_file(path)
-    except Exception as error:  # both libraries raise many types for damaged files
+    except Exception as error:  # both libraries raise many types of errors for damaged files
         raise _unreadable(path, error) from error
 
 
@@ -95,7 +98,7 @@ def read_npy_list(path: Path) -> list[torch.Tensor]:
                 arrays = np.load(file, allow_pickle=False)
         if isinstance(arrays, np.ndarray) and arrays.ndim == 0:
             raise ValueError("it holds no list of masks")
-        if len(arrays) > _MOST_MASKS:  # in a row without elements each takes no bytes of the file
+        if len(arrays) > _MOST_MASKS:  # masks without elements take no bytes in the file
             raise ValueError(f"it holds {len(arrays)} masks, more than {_MOST_MASKS}")
         return [torch.from_numpy(np.array(array)) for array in arrays]
     except Exception as error:
@@ -104,7 +107,7 @@ def read_npy_list(path: Path) -> list[torch.Tensor]:
 
 def _is_torch(path: Path) -> bool:
     start = _first_bytes(path)
-    # A safetensors file begins with the eight bytes of its header's length, which can be any, and the header's brace.
+    # A safetensors file begins with the length of its header, eight bytes of any value, and the header's brace.
     return start.startswith(_TORCH) and start[8:9] != b"{"
 
 

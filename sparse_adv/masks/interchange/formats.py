@@ -13,12 +13,12 @@ from sparse_adv.masks.layers import parameter_of
 
 StateDict = dict[str, Tensor]
 WRAPPERS = ("module", "_orig_mod", "model")
-"""First parts of all names, which DataParallel, torch.compile and wrapper modules add."""
+"""Prefixes that DataParallel, torch.compile and wrapper modules add to all names."""
 
 GivenDensity = float | Mapping[str, float] | None
 
 _HARP_MIN_SHARE = 0.1
-"""The lowest density of a layer of HARP, as a fraction of the global density."""
+"""The lowest density of a layer in HARP, as a fraction of the global density."""
 
 
 class DividedState(NamedTuple):
@@ -48,13 +48,21 @@ def module_of(parameter: str) -> str:
 
 
 def is_maskable_weight(name: str, value: Tensor) -> bool:
-    """Return whether name and shape may be those of the weight of a convolution or linear layer."""
+    """Return whether a tensor of this name and shape may be the weight of a convolution or linear layer."""
     return _last_part(name) == "weight" and value.dim() in (2, 4)
 
 
 def open_lth_parameter(key: str) -> str:
-    """Return the parameter name in OpenLTH's name of a mask: "conv.weight" for "mask_conv___weight"."""
+    """Return the name of a parameter from OpenLTH's name of its mask: "conv.weight" for "mask_conv___weight"."""
     return key.removeprefix("mask_").replace("___", ".")
+
+
+def masked_parameter(key: str, weights: StateDict) -> str:
+    """Return the parameter that a mask in a file of its own is for, from the mask's name, in one of several styles."""
+    own = open_lth_parameter(key)
+    # A module may be called mask_head: the name as it is comes first.
+    styles = [(name, name.removesuffix("_mask"), parameter_of(name.removesuffix(".mask"))) for name in (key, own)]
+    return next((name for names in styles for name in names if name in weights), own)
 
 
 def _last_part(key: str) -> str:
@@ -67,7 +75,7 @@ def _divide(state: StateDict, masks: Mapping[str, str], renamed: Mapping[str, st
     Args:
         state: the state dict.
         masks: for each key of a mask, the name of its parameter.
-        renamed: for keys that have another name in the dense model, that name.
+        renamed: maps keys that have another name in the dense model to that name.
     """
     new_names = renamed or {}
     parameters = {new_names.get(key, key): value for key, value in state.items() if key not in masks}
@@ -75,7 +83,7 @@ def _divide(state: StateDict, masks: Mapping[str, str], renamed: Mapping[str, st
 
 
 def _split_suffixed(state: StateDict, density: GivenDensity) -> DividedState:
-    """`X_mask` beside `X_orig` (torch.nn.utils.prune, for any parameter X) or beside `X` (this library)."""
+    """`X_mask` with `X_orig` (torch.nn.utils.prune, for any parameter X) or with `X` (this library)."""
     masks = {key: key.removesuffix("_mask") for key in state if key.endswith("_mask")}
     masks = {
         key: name for key, name in masks.items() if f"{name}_orig" in state or _last_part(name) in ("weight", "bias")
@@ -112,24 +120,25 @@ def _split_parametrized(state: StateDict, density: GivenDensity) -> DividedState
 
 
 def _split_turboprune(state: StateDict, density: GivenDensity) -> DividedState:
-    """TurboPrune: `X.mask` beside `X.weight`."""
+    """TurboPrune: `X.mask` with `X.weight`."""
     return _divide(state, {key: parameter_of(module_of(key)) for key in state if _last_part(key) == "mask"})
 
 
 def _split_open_lth(state: StateDict, density: GivenDensity) -> DividedState:
-    """OpenLTH: `mask_X___weight` beside the model, which is a child with the name "model"."""
+    """OpenLTH: `mask_X___weight`, next to the model, which is a child named "model"."""
     masks = {key: open_lth_parameter(key) for key in state if key.startswith("mask_")}
     return _divide(state, masks, {key: key.removeprefix("model.") for key in state})
 
 
 def _split_scores(state: StateDict, density: GivenDensity) -> DividedState:
-    """`X.popup_scores` beside `X.weight` (HYDRA; HARP, with `X.k_score`): each layer keeps the highest |scores|."""
+    """`X.popup_scores` with `X.weight` (HYDRA; HARP, with `X.k_score`): each layer keeps the highest |scores|."""
     parameters = {key: value for key, value in state.items() if _last_part(key) not in ("popup_scores", "k_score")}
     masks = {}
     for key, scores in state.items():
         if _last_part(key) == "popup_scores":
             layer_density = _layer_density(module_of(key), state, density)
-            # As in their code: the number pruned is rounded down, for HARP computed in the dtype of k_score.
+            # As in their code: the number of pruned weights is rounded down; for HARP it is computed in k_score's
+            # dtype.
             pruned = int((1 - layer_density) * scores.numel())
             order = scores.detach().abs().flatten().argsort(stable=True)
             mask = torch.ones(scores.numel(), dtype=torch.bool, device=scores.device)
@@ -177,4 +186,4 @@ FORMATS: dict[str, Format] = {
     ),
     "zeros": Format(lambda state: True, _split_zeros),
 }
-"""Formats by name, in the order in which they are tried; "masked" is that of `MaskedConv2d` and `MaskedLinear`."""
+"""Formats by name, in the order in which they are tried; `MaskedConv2d` and `MaskedLinear` have "masked"."""

@@ -8,15 +8,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
-from reprlib import repr as shortened
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparse_adv.argument_types import checks_types
+from sparse_adv.argument_types import checks_types, shortened
 from sparse_adv.masks.algebra import density as density_of
-from sparse_adv.masks.interchange.containers import is_npy, read_npy_list, read_tensors, safetensors_metadata
+from sparse_adv.masks.interchange.containers import COMBINE, is_npy, read_npy_list, read_tensors, safetensors_metadata
 from sparse_adv.masks.interchange.formats import (
     FORMATS,
     WRAPPERS,
@@ -24,12 +23,12 @@ from sparse_adv.masks.interchange.formats import (
     GivenDensity,
     StateDict,
     is_maskable_weight,
+    masked_parameter,
     module_of,
-    open_lth_parameter,
     recognise,
 )
 from sparse_adv.masks.layers import maskable, parameter_of, unknown_module
-from sparse_adv.masks.ticket import TICKET_FORMAT, Ticket, load_ticket
+from sparse_adv.masks.ticket import TICKET_FORMAT, Ticket, check_finite, load_ticket
 
 log = logging.getLogger(__name__)
 
@@ -37,10 +36,10 @@ _STATE_KEYS = ("state_dict", "model_state_dict", "net", "model")
 """Keys under which checkpoints store the state dict of the model."""
 
 _LEAST_ZEROS = 1e-3
-"""Fraction of weights that must be zero to be taken for masks when no format is given."""
+"""Least fraction of zeros at which the zeros count as masks when no format is given."""
 
 _LISTED_LAYERS = (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.BatchNorm1d)
-"""The layers for which ticket_robust's list of masks has an entry."""
+"""The layers that have an entry in ticket_robust's list of masks."""
 
 
 @checks_types
@@ -52,7 +51,7 @@ def from_state_dict(
     Args:
         state_dict: tensors by name, or a checkpoint that has them under "state_dict", "model_state_dict", "net" or
             "model", or as its only dict of tensors. The prefixes "module.", "model." and "_orig_mod." are removed if
-            all names have them; values that are not tensors are ignored.
+            all names have them. Values that are not tensors are ignored.
         format, density, dense: as in `load_pruned`.
 
     Returns:
@@ -60,7 +59,8 @@ def from_state_dict(
         with `weight * mask`, where pruned entries are 0 even if they were not finite.
 
     Raises:
-        ValueError: if there is no mask, a mask has no parameter of its shape, or it has values other than 0 and 1.
+        ValueError: if there is no mask, a mask has no parameter of its shape, or it has values other than 0 and 1; or
+            if a weight that is kept, or a bias, is not finite.
 
     Examples:
         >>> import torch
@@ -86,14 +86,15 @@ def load_pruned(
 ) -> Ticket:
     """Read the masks and weights of a pruned model from a file of any supported tool.
 
-    Files may be those of torch.save, safetensors, or tickets of this library. The formats, recognised by their keys
-    (`X` is a module's name):
+    Files may be written by torch.save or safetensors, or be tickets of this library. The formats, recognised by their
+    keys (`X` is a module's name):
 
     - "prune": `X.weight_orig`, `X.weight_mask` (torch.nn.utils.prune, Lightning's ModelPruning).
     - "parametrize": `X.parametrizations.weight.original`, `.0.mask` (torch.nn.utils.parametrize with a buffer `mask`).
     - "masked": `X.weight`, `X.weight_mask` (`MaskedConv2d`, `MaskedLinear`).
     - "turboprune": `X.weight`, `X.mask`.
-    - "open_lth": `model.X.weight`, `mask_X___weight`; or dense weights with OpenLTH's mask file as `mask_path`.
+    - "open_lth": `model.X.weight`, `mask_X___weight`; or dense weights with a file of masks as `mask_path`: OpenLTH's,
+      or one with the names `X`, `X.weight`, `X.mask` or `X.weight_mask`.
     - "popup_scores": `X.weight`, `X.popup_scores` (HYDRA; HARP, with `X.k_score`); needs `density`.
     - "mask_list": dense weights with a .npy file as `mask_path`: an object array of the masks of all Conv2d, Linear and
       BatchNorm layers in the order of `model.modules()` (ticket_robust, Li et al. 2020); needs `model`. The masks of
@@ -102,25 +103,25 @@ def load_pruned(
     - "ticket": a ticket of this library; its weights are those to start from, without masks applied.
 
     Args:
-        path: the file; the state dict may be inside of a checkpoint, as for `from_state_dict`.
-        mask_path: the file of the masks, if they are in another file.
-        model: the dense or sparse model that the weights are for. Prefixes that its own names have are then not
-            removed, and each mask must match a module and the shape of its weight. Zeros of other layers than
-            convolutions and linear ones, such as embeddings, then are no masks.
+        path: the file; the state dict may be inside a checkpoint, as for `from_state_dict`.
+        mask_path: the file of the masks, if that is another file.
+        model: the dense or sparse model that the weights are for. Prefixes that its own names have are then kept, and
+            each mask must match a module and the shape of its weight. Zeros in layers that are neither convolutions nor
+            linear, such as embeddings, are then not masks.
         density: for "popup_scores", the fraction of its weights that each layer keeps: one number, or numbers by module
-            name. For HARP one number is the global density, from which `k_score` gives each layer's.
+            name. For HARP one number is the global density; each layer's density follows from it and `k_score`.
         format: the format; None to recognise it.
         dense: also accept a file without any mask; the result then has no masks and the format "dense".
 
     Returns:
         A ticket with the masks, the weights (`weight * mask`), and the provenance "format", "file", "mask_file" and
-        "density". The provenance of a ticket file is kept; where that was made from another file, "converted_from"
+        "density". The provenance of a ticket file is kept; if the ticket was made from another file, "converted_from"
         names it.
 
     Raises:
         FileNotFoundError: if a file does not exist.
-        ValueError: if a file is damaged or contains other objects than tensors, there are no masks, or masks, weights
-            and model do not match.
+        ValueError: if a file is damaged or contains other objects than tensors, there are no masks, masks, weights and
+            model do not match, or a weight that is kept, or a bias, is not finite.
 
     Examples:
         >>> import tempfile
@@ -141,6 +142,10 @@ def load_pruned(
         recorded = ticket.provenance
         origin = {"format": "ticket"} | ({"converted_from": recorded["file"]} if "file" in recorded else {})
         ticket = Ticket(ticket.masks, ticket.state_dict, origin | recorded | {"file": str(path)})
+        try:
+            check_finite(ticket.masks, ticket.state_dict)
+        except ValueError as error:
+            raise ValueError(f"{str(path)!r}: {error}") from error
     else:
         ticket = _load(path, None if mask_path is None else Path(mask_path), model, density, format, dense)
     if model is not None:
@@ -157,12 +162,14 @@ def _load(
     source = {"file": str(path)} | ({} if mask_path is None else {"mask_file": str(mask_path)})
     try:
         state, prefixes = _without_prefixes(_find_state(checkpoint))
+        if mask_file is None and _are_masks(state):
+            raise ValueError(f"there are masks, but no weights: {COMBINE}")
         if mask_file is None:
             name, split = _split(state, format, density, dense)
         elif isinstance(mask_file, list):
             name, split = "mask_list", DividedState(_require_dense(state), {})
         else:
-            name, split = "open_lth", DividedState(_require_dense(state), _open_lth_masks(mask_file))
+            name, split = "open_lth", DividedState(_require_dense(state), _masks_in_a_file(mask_file, state))
         if mask_file is not None:
             _check_density(name, density)
         if model is not None:
@@ -211,7 +218,7 @@ def _only_state(checkpoint: Mapping[Any, Any]) -> Any:
 
 
 def _check_plain(key: str, value: Tensor) -> None:
-    """Raise ValueError unless the tensor has its elements in memory, one by one, and a name that can be written."""
+    """Raise ValueError unless the tensor's elements are in memory, one by one, and its name can be written."""
     if any("\ud800" <= character <= "\udfff" for character in key):
         raise ValueError(f"{key!a} is no text")
     kind = "sparse" if value.layout != torch.strided else "quantised" if value.is_quantized else None
@@ -220,7 +227,7 @@ def _check_plain(key: str, value: Tensor) -> None:
     if kind is None:
         try:
             value.new_empty(1) != 0  # noqa: B015
-        except RuntimeError:  # numbers of less than a byte
+        except RuntimeError:  # numbers smaller than a byte
             kind = f"of dtype {value.dtype}"
     if kind is not None:
         raise ValueError(f"{key!r} is {kind}: only dense tensors of real numbers can be read")
@@ -231,7 +238,7 @@ def _check_plain(key: str, value: Tensor) -> None:
 def _without_prefixes(state: StateDict) -> tuple[StateDict, list[str]]:
     """Remove the prefixes that all names have; return the state dict and the prefixes removed.
 
-    The counter that `AveragedModel` has beside the prefix "module." is removed too.
+    The counter of `AveragedModel`, which stands next to the prefix "module.", is removed too.
     """
     removed: list[str] = []
     of_model = {key: value for key, value in state.items() if key != "n_averaged"}
@@ -245,9 +252,9 @@ def _without_prefixes(state: StateDict) -> tuple[StateDict, list[str]]:
 
 
 def _restore_prefix(split: DividedState, prefixes: list[str], model: nn.Module) -> DividedState:
-    """Add as many of the removed prefixes again as give the most names that the model has."""
+    """Put back as many of the removed prefixes as are needed for the most names to be names of the model."""
     modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
-    # From no prefix to all; max returns the first, that is the shortest, of equals.
+    # From no prefix to all of them; among equals, max returns the first, that is the shortest.
     candidates = accumulate(reversed(prefixes), lambda inner, outer: outer + inner, initial="")
     prefix = max(candidates, key=lambda p: sum(module_of(p + name) in modules for name in split.parameters))
     return DividedState(*({prefix + name: value for name, value in part.items()} for part in split))
@@ -279,7 +286,7 @@ def _split(
 
 
 def _check_density(format: str, density: GivenDensity) -> None:
-    """Raise ValueError if a density is given for a format that has masks and not scores."""
+    """Raise ValueError if a density is given for a format that has masks instead of scores."""
     if density is not None and format != "popup_scores":
         raise ValueError(f"density is for the format 'popup_scores', got the format {format!r}")
 
@@ -309,20 +316,27 @@ def _apply_masks(split: DividedState) -> tuple[dict[str, Tensor], dict[str, Tens
         weights[name] = torch.where(kept, weights[name], 0)
         if is_maskable_weight(name, kept):
             masks[module_of(name)] = kept
+    check_finite({}, weights)  # NaN is not zero, so that it would hide masks that are zeros
     if split.masks and not masks:
         raise ValueError(f"only {', '.join(split.masks)} have masks, but no weight of a convolution or linear layer")
     return masks, weights
 
 
-def _open_lth_masks(mask_file: object) -> StateDict:
+def _are_masks(state: StateDict) -> bool:
+    """Whether a file holds masks alone: of weights of two or four dimensions, and no value but 0 and 1."""
+    return all(value.dim() in (2, 4) and bool(((value == 0) | (value == 1)).all()) for value in state.values())
+
+
+def _masks_in_a_file(mask_file: object, weights: StateDict) -> StateDict:
+    """Return the masks in a file of their own by the names of their parameters, which are among the weights."""
     state, _ = _without_prefixes(_find_state(mask_file))
-    return {open_lth_parameter(key): value for key, value in state.items()}
+    return {masked_parameter(key, weights): value for key, value in state.items()}
 
 
 def _name_listed_masks(masks: list[Tensor], model: nn.Module | None) -> StateDict:
     """Return a list of masks, one for each layer in the order of `model.modules()`, by parameter name."""
     if model is None:
-        raise ValueError("the masks have no names, so that model must be given")
+        raise ValueError("the masks have no names, so that the model must be given (convert: --arch)")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, _LISTED_LAYERS)}
     if len(masks) != len(layers):
         raise ValueError(
@@ -336,7 +350,7 @@ def _name_listed_masks(masks: list[Tensor], model: nn.Module | None) -> StateDic
 
 
 def _without_masks_of_others(ticket: Ticket, model: nn.Module, path: Path) -> Ticket:
-    """The ticket with the masks of layers that can have some: an embedding or a transposed convolution cannot."""
+    """The ticket without masks of layers that cannot have any, such as embeddings and transposed convolutions."""
     modules, layers = dict(model.named_modules(remove_duplicate=False)), set(maskable(model).values())
     others = [name for name in ticket.masks if modules[name] not in layers]
     if not others:
@@ -357,7 +371,7 @@ def _check_model(ticket: Ticket, model: nn.Module, path: Path) -> None:
             raise ValueError(
                 f"{str(path)!r} does not fit the model: {name!r} has {actual}, its mask has {tuple(mask.shape)}"
             )
-    # A sparse model has its masks in its state dict, and may have them in that of the file.
+    # A sparse model has its masks in its state dict, and the file's state dict may have them too.
     wanted = {key: value for key, value in model.state_dict().items() if not key.endswith("weight_mask")}
     given = {key: value for key, value in ticket.state_dict.items() if not key.endswith("weight_mask")}
     for key in sorted(wanted.keys() ^ given.keys()):

@@ -19,22 +19,22 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 Noise = Generator | Tensor | None
-"""What a random start is drawn from: a generator, or Philox key and offset, as `ops.random_start` takes them."""
+"""The source of a random start: a generator, or Philox key and offset, as `ops.random_start` takes them."""
 
 
 class Passes(NamedTuple):
     """Passes through the network for each image of an update."""
 
     attack_forward: int = 0
-    """Forward passes that no backward pass with gradients of weights follows."""
+    """Forward passes without a following backward pass that computes gradients of weights."""
     attack_backward: int = 0
     """Backward passes down to the image, without gradients of weights."""
     update: int = 1
-    """Forward passes that are followed by a backward pass with gradients of weights."""
+    """Forward passes with a following backward pass that computes gradients of weights."""
     to_image: int = 0
     """How many of these backward passes continue down to the image."""
     dense_gradients: int = 0
-    """How many of them form the gradients of pruned weights too."""
+    """How many of them also compute the gradients of pruned weights."""
 
 
 class CraftingOptions(CommonOptions):
@@ -45,14 +45,14 @@ class CraftingOptions(CommonOptions):
 
 
 class TrainingObjective:
-    """What an update trains on: the images that `craft` makes of a batch, and the `loss` on them.
+    """What an update trains on: the images that `craft` makes from a batch, and the `loss` on them.
 
     This class crafts nothing and has the loss CE(f(x), y), the cross-entropy with `config.label_smoothing`; a subclass
-    overrides what it does otherwise. `train(..., objective=...)` takes one of your own.
+    overrides what it does differently. `train(..., objective=...)` takes your own objective.
 
-    Where updates are captured as CUDA graphs, a replay runs `count_update` alone: what the other methods change must be
-    the tensors of `state_dict`, in place, and what else they depend on must be in `variant`. `config.graphs=False`
-    turns this off.
+    If updates are captured as CUDA graphs, a replay runs only `count_update`. So the other methods may change only the
+    tensors of `state_dict`, in place, and everything else that they depend on must be in `variant`.
+    `config.graphs=False` turns this off.
 
     Args:
         config: of the training.
@@ -75,16 +75,16 @@ class TrainingObjective:
     updates = 1
     """Number of updates on each batch."""
     settings: DataclassInstance | dict[str, Any] | None = None
-    """What decides the images and the loss beside `config`: written to `run.json` with the name of the class. A run
-    with others is not continued."""
+    """Settings besides `config` that decide the images and the loss. They are written to `run.json` with the name of
+    the class; a run with other settings is not continued."""
     has_loss_of_one_batch: ClassVar[bool] = True
-    """Whether the loss of a batch needs nothing of the batches before it."""
+    """Whether the loss of a batch is independent of the batches before it."""
 
     def __init__(self, config: TrainConfig, check: bool = False, graphs: attacks.Graphs | None = None) -> None:
         self.config, self.check, self.graphs = config, check, graphs
         smoothing = config.label_smoothing
         self.attack_loss: str | Loss = SmoothedCrossEntropy(smoothing) if smoothing else "ce"
-        """CE for attacks; always the same object, since its identity is part of the key of a CUDA graph."""
+        """CE for attacks; always the same object, because its identity is part of the key of a CUDA graph."""
 
     @property
     def passes(self) -> Passes:
@@ -93,7 +93,7 @@ class TrainingObjective:
 
     @property
     def variant(self) -> Hashable:
-        """What, beside `state_dict`, `craft`, `loss` and `after_update` depend on: a CUDA graph holds one variant."""
+        """What `craft`, `loss` and `after_update` depend on besides `state_dict`; each variant has a CUDA graph."""
         return None
 
     def begin_epoch(self, epoch: int) -> None:
@@ -118,10 +118,10 @@ class TrainingObjective:
         return F.cross_entropy(logits, y, label_smoothing=self.config.label_smoothing)
 
     def after_update(self) -> None:
-        """Use the gradients of the update, if the objective needs them; what it changes are tensors, in place."""
+        """Use the gradients of the update, if the objective needs them; changes only tensors, in place."""
 
     def count_update(self) -> None:
-        """Called after each update, one that was replayed too, in which no other method was called."""
+        """Called after each update, also after a replayed one, in which no other method is called."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the state of earlier updates that the next one needs: the tensors themselves."""

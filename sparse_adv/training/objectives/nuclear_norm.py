@@ -1,7 +1,7 @@
 """The nuclear norm of a matrix and its gradient, by matrix products and inverses.
 
-PyTorch's nuclear norm decomposes the matrix: on a GPU the host waits for it, and for a matrix with NaN it raises an
-error of linear algebra, where training should report that it diverged.
+PyTorch's nuclear norm decomposes the matrix. On a GPU the host waits for that, and for a matrix with NaN it raises a
+linear algebra error, although training should report that it diverged.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 _SMALLEST = 1e-6
-"""Singular values above this part of the Frobenius norm count in full, those below it in part."""
+"""Singular values above this share of the Frobenius norm count in full, smaller ones in part."""
 
 
 def nuclear_norm(matrix: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ class _NuclearNorm(torch.autograd.Function):
 
 
 def _polar_factor(matrix: Tensor) -> Tensor:
-    """U V^T of a matrix; 0 for one of zeros."""
+    """U V^T of a matrix; 0 for a matrix of zeros."""
     if matrix.shape[0] < matrix.shape[1]:
         return _polar_factor(matrix.T).T
     x = matrix.double()

@@ -19,15 +19,15 @@ from sparse_adv.training.objectives.nuclear_norm import nuclear_norm
 
 
 class NuAT(TrainingObjective):
-    """The nuclear norm of the difference of clean and adversarial outputs is kept small.
+    """Keeps the nuclear norm of the difference between clean and adversarial outputs small.
 
     With ||.||_* the sum of the singular values of a matrix [N, classes]::
 
         loss = CE(f(x), y) + w ||f(x) - f(adv)||_* / N
 
-    where w rises from 0 in the first epoch by beta / epochs with each one. The attack starts at clamp(x + eps / 2 * s)
-    with s of random signs, and makes one step of size alpha, projected. It raises CE, and in every second update of an
-    epoch CE + w ||f(x) - f(start)||_* / N. The paper has linf only; for l2 the start is at the distance eps / 2, too.
+    where w is 0 in the first epoch and rises by beta / epochs with each epoch. The attack starts at clamp(x + eps / 2 *
+    s), where s are random signs, and makes one step of size alpha, projected. It raises CE, and in every second update
+    of an epoch CE + w ||f(x) - f(start)||_* / N. The paper has linf only; for l2 the start is also at distance eps / 2.
 
     FastAT Benchmark (Pan and Yao 2026, arXiv 2604.22853), ResNet-18: clean 80.98 %, AutoAttack 50.10 %, 2,937 s, with
     beta 4. In the loss of one batch w is beta.
@@ -39,7 +39,7 @@ class NuAT(TrainingObjective):
         super().__init__(config, check, graphs)
         self.weight = EpochNumber(config.second_weight)
         self.count = 0
-        """Updates of this epoch before the present one."""
+        """Number of updates of this epoch before the present one."""
 
     @property
     def passes(self) -> Passes:
@@ -63,9 +63,7 @@ class NuAT(TrainingObjective):
 
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
         config = self.config
-        signs = ops.random_start(
-            torch.zeros_like(x), 1.0, norm="linf", seed=as_philox_state(noise), lo=-1.0, hi=1.0
-        ).sign()
+        signs = _random_signs(x, noise)
         length = config.eps / 2
         if config.norm == "l2":
             length /= math.sqrt(max(1, x[0].numel() if len(x) else 1))
@@ -96,15 +94,15 @@ class NuAT(TrainingObjective):
 
 
 class FGSMUAP(TrainingObjective):
-    """FGSM from a universal perturbation, which all images share and every update moves.
+    """FGSM from a universal perturbation that all images share and every update moves.
 
     start = clamp(x + project(u)), adv = one step of size alpha from there, projected, and::
 
         loss = CE(f(adv), y) + beta mean((f(adv) - f(start))^2)
 
     With g the gradient of the attack for the whole batch, m <- 0.3 m + mean over the images of g / ||g||_1, where the
-    norm is one number, the sum over all images; and u moves by 1.25 eps along sign(m) in the ball of radius 1.25 eps.
-    In a run of several processes each has a u of its own.
+    norm is one number, the sum over all images. Then u moves by 1.25 eps along sign(m) in the ball of radius 1.25 eps.
+    In a run of several processes, each has its own u.
 
     This is the authors' variant with one perturbation (`fat/fgsm_one_uap.py` of github.com/fzjcdt/fgsm_uap), which the
     benchmark calls FGSM-UAP. In the FGSM-UAP of the paper a classifier of the network's features chooses one of
@@ -138,10 +136,7 @@ class FGSMUAP(TrainingObjective):
         config = self.config
         if self.prior is None or self.momentum is None or self.draws(x):
             self.momentum = torch.zeros_like(x[:1])
-            signs = ops.random_start(
-                self.momentum, 1.0, norm="linf", seed=as_philox_state(noise), lo=-1.0, hi=1.0
-            ).sign()
-            self.prior = self._moved(self.momentum, signs, self._RADIUS * config.eps)
+            self.prior = self._moved(self.momentum, _random_signs(self.momentum, noise), self._RADIUS * config.eps)
         self.start = start = (x + self._moved(self.prior, self.momentum, 0.0, config.eps)).clamp(0, 1)
 
         def search(queries: Queries, x: Tensor, y: Tensor) -> Tensor:
@@ -183,6 +178,12 @@ class FGSMUAP(TrainingObjective):
         self.momentum = state["momentum"].clone() if "momentum" in state else None
 
 
+def _random_signs(like: Tensor, noise: Noise) -> Tensor:
+    """Values of 1 or -1, of the shape of a tensor."""
+    seed = as_philox_state(noise)
+    return ops.random_start(torch.zeros_like(like), 1.0, norm="linf", seed=seed, lo=-1.0, hi=1.0).sign()
+
+
 def _difference(first: Tensor, second: Tensor) -> Tensor:
-    """first - second of two outputs, and 0 for classes that a model masks by the same infinity in both."""
+    """first - second, but 0 for classes that a model masks by the same infinity in both outputs."""
     return (first - second).masked_fill(first.isinf() & (first == second), 0)

@@ -63,23 +63,23 @@ class NFGSM(FGSM):
 class FGSMRSCS(TrainingObjective):
     """FGSM from noise, with a loss on the noisy images that keeps the convergence smooth.
 
-    x' = clamp(x + U(-eps, eps)), adv = clamp(x' + alpha sign(g)), which is not projected onto the ball, and with d the
-    CE of x' in this batch less its mean over the epoch before::
+    x' = clamp(x + U(-eps, eps)), adv = clamp(x' + alpha sign(g)), not projected onto the ball. With d the CE of x' in
+    this batch minus its mean over the epoch before::
 
         loss = CE(f(adv), y) + beta sign(d) [|d| > 0.03] CE(f(x'), y)
 
     So the second term acts against a change of a batch's loss since the last epoch. It is left out where the loss is
-    expected to change: in the first two epochs, beside a milestone of the piecewise schedule and at the end. It costs a
-    backward pass even if it is 0: to leave it out, the host would have to wait for the GPU.
+    expected to change: in the first two epochs, next to a milestone of the piecewise schedule and at the end. It costs
+    a backward pass even if it is 0, because to skip it the host would have to wait for the GPU.
 
-    With label smoothing s, the labels of these two CE are smoothed twice, as in the benchmark: 1 - s for the label and
-    s / (classes - 1) for each other class are scaled by 1 - s, and s / classes is added to all. With s = 0.4 and ten
-    classes that is 0.4 for the label and 0.0667 for each other class. The CE of the attack is smoothed once.
+    With label smoothing s, the labels in these two CE terms are smoothed twice, as in the benchmark: 1 - s for the
+    label and s / (classes - 1) for each other class are scaled by 1 - s, and s / classes is added to all. With s = 0.4
+    and ten classes that is 0.4 for the label and 0.0667 for each other class. The CE of the attack is smoothed once.
 
     FastAT Benchmark, ResNet-18: clean 80.54 %, AutoAttack 48.64 %, 1,824 s.
 
-    Source: Zhao et al., "Fast adversarial training with smooth convergence" (ICCV 2023), equations of section 4, as
-    FGSM-RS-CS of the FastAT Benchmark has them.
+    Source: Zhao et al., "Fast adversarial training with smooth convergence" (ICCV 2023), equations of section 4, in the
+    form of FGSM-RS-CS in the FastAT Benchmark.
     """
 
     has_loss_of_one_batch = False
@@ -91,7 +91,7 @@ class FGSMRSCS(TrainingObjective):
         """x' of the update in progress."""
         self.start_loss: Tensor | None = None
         self.total: Tensor | None = None
-        """float64 [2]: the CE of x', summed over the images of this epoch, or the last one, and their number."""
+        """float64 [2]: the CE of x', summed over the images of this epoch or the last, and the number of images."""
         self.compares = False
         """Whether the loss of this epoch has the second term."""
         self.level = EpochNumber(0.0)
@@ -125,7 +125,7 @@ class FGSMRSCS(TrainingObjective):
     def craft(self, model: nn.Module, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
         config, options = self.config, self._options(noise)
         self.start = ops.random_start(x, config.eps, norm=config.norm, seed=as_philox_state(noise))
-        options["eps"] = config.step_size  # the ball is the one around the start
+        options["eps"] = config.step_size  # this ball is around the start
         return attacks.pgd(
             model, self.start, y, steps=1, random_start=False, norm=config.norm, loss=self.attack_loss, **options
         )
