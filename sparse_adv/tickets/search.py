@@ -17,24 +17,21 @@ from sparse_adv.argument_types import checks_types
 from sparse_adv.config import PruneConfig, TrainConfig
 from sparse_adv.json_files import JSONObject
 from sparse_adv.masks.algebra import of_distinct_weights
-from sparse_adv.masks.dependency_graph import dependency_groups
-from sparse_adv.masks.ticket import check_masks_fit
 from sparse_adv.nn import densify, mac_density, sparsify
 from sparse_adv.nn.masked_layer import masked_layers
 from sparse_adv.runs import NO_COST, Cost, Density, EpochRecord, RunInfo, SearchResult, TicketChecks
 from sparse_adv.tickets import checks
-from sparse_adv.tickets.early_stopping import EarlyStopping, check_threshold
-from sparse_adv.tickets.half_resolution import Halved, check_takes, halved
+from sparse_adv.tickets.early_stopping import EarlyStopping
+from sparse_adv.tickets.half_resolution import Halved, halved
+from sparse_adv.tickets.preconditions import check_fits, image_shape
 from sparse_adv.tickets.provenance import SearchRecord, check_metadata, record_of
 from sparse_adv.training import distributed, identity, random_numbers, train
 from sparse_adv.training.checkpoint import read_state, read_weights, write_state, write_weights
-from sparse_adv.training.checks import pairs_of
 from sparse_adv.training.evaluation import Images, check_evaluable
 from sparse_adv.training.folder_lock import FolderLock
 from sparse_adv.training.loop import Batches
 from sparse_adv.training.modes import frozen_modules, set_training_mode
 from sparse_adv.training.run_files import begin
-from sparse_adv.training.update import updates_of
 
 log = logging.getLogger(__name__)
 
@@ -117,49 +114,6 @@ def search(
     if folder is not None:
         _write_result(folder, lock, ticket, model, batches)
     return ticket
-
-
-@checks_types
-def check_fits(
-    model: nn.Module, batches: Batches, train_config: TrainConfig, prune_config: PruneConfig
-) -> tuple[int, ...] | None:
-    """Check before any training or writing that a search can prune and rewind a model; `search` does so itself.
-
-    Args:
-        model, batches, train_config, prune_config: as in `search`.
-
-    Returns:
-        Shape [1, C, H, W] of the images that the search trains on; None if there is no batch or it is not needed.
-
-    Raises:
-        TypeError: if the batches have no length, but the number of updates matters.
-        ValueError: if the configuration of the pruning does not fit the model or the training, or a module of the model
-            has extra state, because a ticket cannot hold that.
-
-    Examples:
-        >>> check_fits(nn.Linear(4, 2), [], TrainConfig(), PruneConfig(score="taylor"))
-        Traceback (most recent call last):
-        ...
-        ValueError: score must be a function or one of magnitude, relative_magnitude, got 'taylor'
-    """
-    check_masks_fit({}, model.state_dict())
-    # A score function may need results of the training, so it is not called here.
-    _prune(model, replace(prune_config, score="magnitude") if callable(prune_config.score) else prune_config, 1)
-    check_threshold(prune_config, train_config.epochs)
-    step = prune_config.rewind_step
-    if step and step > (updates := updates_of(train_config, batches)):
-        raise ValueError(f"rewind_step must be an update of the first round, which has {updates}, got {step}")
-    if not prune_config.permute_channels and not prune_config.half_resolution:
-        return None
-    shape = _image_shape(batches)
-    if shape is None:
-        return None
-    if prune_config.half_resolution:
-        shape = (*shape[:2], shape[2] // 2, shape[3] // 2)
-        check_takes(model, shape)
-    if prune_config.permute_channels:
-        dependency_groups(model, shape)  # raises ValueError if the model cannot be traced
-    return shape
 
 
 class _Search:
@@ -350,16 +304,9 @@ def _channel_permutation(model: nn.Module, config: PruneConfig, shape: Sequence[
     )
 
 
-def _image_shape(batches: Batches) -> tuple[int, ...] | None:
-    """Shape [1, C, H, W] of the images; None if there is no batch."""
-    with torch.random.fork_rng(devices=[]):  # a DataLoader draws a random number when it is iterated
-        batch = next(pairs_of(batches), None)
-    return None if batch is None else (1, *batch[0].shape[1:])
-
-
 def _write_result(folder: Path, lock: FolderLock, ticket: masks.Ticket, model: nn.Module, batches: Batches) -> None:
     """Write `result.json`, with the densities for images of full size."""
-    shape = _image_shape(batches)
+    shape = image_shape(batches)
     assert shape is not None
     density = Density(masks.density(ticket.masks, model), mac_density(model, ticket.masks, shape))
     if distributed.rank() == 0:
