@@ -47,6 +47,8 @@ def masked_conv2d(
     if scale is not None:
         masked = masked * scale[:, None, None, None]  # a pass over the weight instead of one over the output
     output = torch.conv2d(input, masked, bias, stride, padding, dilation, groups)
+    if not len(output):
+        output = output.clone()  # without images it is a view, which autograd lets nobody write to
     if residual is not None:
         output += residual
     return in_layout_of(input, output.relu_() if relu else output)

@@ -78,6 +78,13 @@ def test_empty_batch(kernel, layout):
     assert_equal(actual["grad_weight"], torch.zeros(case.weight_size))
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_code_may_write_to_the_result_for_an_empty_batch(kernel):
+    case = Case(batch=0)
+    output = masked_conv2d(case.input, case.weight.requires_grad_(), case.pattern(kernel))
+    assert output.relu_().requires_grad
+
+
 @given(cases())
 def test_packed_values_give_the_same_bits(case):
     vars(case)["weight"] = case.weight.where(case.mask, 0)

@@ -49,6 +49,8 @@ Tensor convolve(const Tensor& input, const Tensor& weight, const std::vector<Ten
     check_out(*out, {conv.N, conv.K, conv.P, conv.Q}, "input", input, weight, epilogue);
     check_is_not_written(pattern, *out, epilogue);
   }
+  // PyTorch's convolution of no images returns a view, which autograd lets nobody write to.
+  if (conv.N == 0) return out ? *out : empty_in_layout_of(input, {conv.N, conv.K, conv.P, conv.Q});
   const Plan plan =
       make_plan(pattern, conv, Pass::forward, input.scalar_type(),
                 is_channels_last(input) || (out && is_channels_last(*out)), epilogue.gate_out || epilogue.gate);
