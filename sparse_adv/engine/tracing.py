@@ -111,10 +111,10 @@ def graph_of(model: nn.Module) -> fx.Graph:
 
     Raises:
         NotTraceable: if the model depends on values of its input or of its buffers, overwrites a tensor that is read
-            under another name, has hooks itself, is sharded by FSDP, or if its Python code draws random numbers,
-            changes attributes of modules, or computes with other tensors, because the graph would repeat what happened
-            this time. Also if the code calls its own autograd function or stops gradients, which the graph would not
-            show, or reads attributes whose changes would not be seen.
+            under another name, has hooks itself, is sharded by FSDP or compiled by torch.jit, or if its Python code
+            draws random numbers, changes attributes of modules, or computes with other tensors, because the graph would
+            repeat what happened this time. Also if the code calls its own autograd function or stops gradients, which
+            the graph would not show, or reads attributes whose changes would not be seen.
     """
     if any(map(is_sharded, model.modules())):
         raise NotTraceable("FSDP gathers its weights in each pass")
@@ -122,6 +122,9 @@ def graph_of(model: nn.Module) -> fx.Graph:
         raise NotTraceable("the model itself has hooks, or there are hooks for all modules")
     if "forward" in vars(model):
         raise NotTraceable("its forward is one of its attributes, and torch.fx would trace that of its class")
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise NotTraceable(f"module {name!r} was compiled by torch.jit, and torch.fx cannot trace it")
     whole: set[type[nn.Module]] = set()
     while True:
         tracer = _Tracer(model, whole)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.utils._pytree import TreeSpec, tree_flatten
 
 from sparse_adv.engine.comparison import check_finite, comparing, double_copy, quadratic_loss, without_ties
 from sparse_adv.engine.gradients import outside_inference
@@ -157,7 +158,19 @@ class TrainingGraph(nn.Module):
             for source in read_last:
                 del results[source]
         statistics.update()
-        return fx.map_arg(self._returned, results.__getitem__)
+        return _own_containers(fx.map_arg(self._returned, results.__getitem__))
+
+
+def _own_containers(returned: Any) -> Any:
+    """What a model returns, with lists and dicts in place of those of torch.fx, which refuse writes."""
+    if isinstance(returned, dict):
+        return {key: _own_containers(value) for key, value in returned.items()}
+    if isinstance(returned, list):
+        return [_own_containers(value) for value in returned]
+    if isinstance(returned, tuple):
+        items = [_own_containers(value) for value in returned]
+        return type(returned)(*items) if hasattr(returned, "_fields") else tuple(items)
+    return returned
 
 
 def fuse_for_training(model: nn.Module, x: Tensor) -> nn.Module:
@@ -298,20 +311,25 @@ def _is_fusible(norm: nn.BatchNorm2d) -> bool:
 def _check(model: nn.Module, x: Tensor) -> None:
     """Raise NotTraceable if the fused graph of a model does not give its results, gradients and buffers."""
 
-    def results(copied: nn.Module, run: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    def results(copied: nn.Module, run: Callable[[Tensor], Any]) -> tuple[TreeSpec, list[Tensor]]:
         images = without_ties(x).requires_grad_()
-        logits = run(images)
+        returned, structure = tree_flatten(run(images))
+        outputs = [leaf for leaf in returned if isinstance(leaf, Tensor)]
         leaves = [images, *(parameter for parameter in copied.parameters() if parameter.requires_grad)]
-        gradients = torch.autograd.grad(quadratic_loss(logits), leaves, allow_unused=True)
+        loss = torch.stack([quadratic_loss(output) for output in outputs]).sum()
+        gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
         states = [buffer.double() for buffer in copied.buffers()]
-        return [logits.detach(), *(g if g is not None else x.new_zeros(1) for g in gradients), *states]
+        detached = [output.detach() for output in outputs]
+        return structure, [*detached, *(g if g is not None else x.new_zeros(1) for g in gradients), *states]
 
     with comparing(x.device) as generators, torch.enable_grad():
         first, second = double_copy(model), double_copy(model)
-        actual = results(first, TrainingGraph(first))
+        actual_structure, actual = results(first, TrainingGraph(first))
         generators.rewind()
-        expected = results(second, second)
+        expected_structure, expected = results(second, second)
         check_finite(expected)
+    if actual_structure != expected_structure:
+        raise NotTraceable("the fused graph would return other containers")
     buffers = sum(1 for _ in model.buffers())
     largest = max(float(b.norm()) for b in expected[: len(expected) - buffers])
     least = [_LEAST_GRADIENT * largest] * (len(expected) - buffers) + [_TOLERANCE * largest] * buffers

@@ -169,6 +169,7 @@ class Branching(nn.Module):
         (Counting, "changes attributes of modules"),
         (Noisy, "would differ from autograd's"),
         (Branching, "torch.fx cannot trace module '2' (Branching)"),
+        (lambda: torch.jit.script(nn.Conv2d(4, 4, 1)), "module '2' was compiled by torch.jit"),
     ],
 )
 def test_a_part_that_must_not_run_in_trials_or_has_layers_leaves_the_model(part, said):
