@@ -31,6 +31,7 @@ from sparse_adv.engine.tracing import Trace, holds_tensors, is_relu, is_sum
 from sparse_adv.engine.values import Value
 from sparse_adv.masks.layers import computes_as
 from sparse_adv.nn import MaskedConv2d, MaskedLinear
+from sparse_adv.ops.conv_geometry import pads_evenly
 
 
 class Fusion:
@@ -113,7 +114,7 @@ class Fusion:
         if (
             isinstance(module, nn.Conv2d)
             and _is_standard(module, nn.Conv2d, MaskedConv2d)
-            and _pads_with_zeros(module)
+            and pads_evenly(module)
             and result.dim() == 4
         ):
             self._begin(node, ConvolutionStep(node.name, module, source, self._new(node)))
@@ -140,7 +141,8 @@ class Fusion:
         result = self._trace.results[node]
         tensor_for = self._trace.for_images(node)
         shape_for = cache(lambda images: torch.Size(tensor_for(images).shape))
-        value = self._values[node] = Value(node.name, result.shape, result.dtype, shape_for)
+        value = Value(node.name, result.shape, result.dtype, shape_for, has_gradient=node not in self._of_parameters)
+        self._values[node] = value
         return value
 
     def _begin(self, node: fx.Node, step: FusedStep) -> None:
@@ -277,10 +279,6 @@ def _of_parameters(graph: fx.Graph) -> set[fx.Node]:
 def _is_standard(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     """Whether the module computes what one of these classes does, with a weight of its own."""
     return computes_as(module, *kinds) and "weight" in module._parameters
-
-
-def _pads_with_zeros(conv: nn.Conv2d) -> bool:
-    return conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
 
 
 def _pooling_of(node: fx.Node) -> nn.MaxPool2d | None:

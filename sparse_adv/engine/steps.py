@@ -331,7 +331,8 @@ class AutogradStep(Step):
     def forward(self, tensors: PassTensors) -> None:
         leaves = [tensors[value].detach() for value in self.inputs]
         if tensors.differentiable:
-            leaves = [leaf.requires_grad_(leaf.is_floating_point()) for leaf in leaves]
+            for value, leaf in zip(self.inputs, leaves, strict=True):
+                leaf.requires_grad_(value.has_gradient and leaf.is_floating_point())
             with torch.enable_grad():
                 self._leaves, self._results = leaves, self._run(leaves, tensors.images)
             results = self._results

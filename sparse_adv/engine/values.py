@@ -22,6 +22,8 @@ class Value:
     dtype: torch.dtype
     shape_for: Callable[[int], torch.Size]
     """The shape for a number of images."""
+    has_gradient: bool = True
+    """Whether a gradient passes through it; not if it is computed from parameters alone."""
     rectified: bool = False
     """Whether it is the output of a ReLU."""
     kept: bool = False
@@ -98,6 +100,8 @@ class PassTensors:
             compute: returns the new gradient for an epilogue and the place of the result. The epilogue's residual is
                 the sum of the earlier contributions, and its gate is to be applied; either may be None.
         """
+        if not value.has_gradient:
+            return
         self._unread[value] = unread = self._unread.get(value, value.reads) - 1
         gate = self._gate_of(value) if value.rectified and not unread else None
         epilogue = Epilogue(residual=self._gradients.pop(value, None), gate=gate)

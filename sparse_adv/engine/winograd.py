@@ -20,7 +20,7 @@ from sparse_adv.engine.model_state import has_hooks
 from sparse_adv.kernels.layout import output_size
 from sparse_adv.masks.layers import computes_as
 from sparse_adv.nn import MaskedConv2d
-from sparse_adv.ops.conv_geometry import geometry_of
+from sparse_adv.ops.conv_geometry import geometry_of, pads_evenly
 from sparse_adv.ops.transforms import is_transformed
 
 _LEAST_CHANNELS = 16
@@ -121,7 +121,7 @@ def is_faster_in_nchw(layer: nn.Conv2d, shape: Sequence[int]) -> bool:
 
 def _is_3x3(layer: nn.Conv2d) -> bool:
     """Whether a layer has 3 x 3 filters and a geometry that the ops of Winograd's filtering take."""
-    if isinstance(layer.padding, str) or layer.padding_mode != "zeros" or layer.groups != 1:
+    if layer.groups != 1 or not pads_evenly(layer):
         return False
     stride, padding, dilation = geometry_of(layer)
     return (layer.kernel_size, stride, dilation) == ((3, 3), (1, 1), (1, 1)) and max(padding) <= 2
@@ -147,7 +147,7 @@ class TrainedConvolution:
             return layer(x.contiguous()).contiguous(memory_format=torch.channels_last)
         if tile is None:
             return layer(x)
-        return ops.winograd_conv2d(x, layer.weight, layer.bias, _pair(layer.padding), tile=tile)
+        return ops.winograd_conv2d(x, layer.weight, layer.bias, geometry_of(layer).padding, tile=tile)
 
 
 def onednn_writes_out_of_bounds(layer: nn.Conv2d) -> bool:

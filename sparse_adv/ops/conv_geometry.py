@@ -51,6 +51,15 @@ def geometry_of(conv: nn.Conv2d) -> Geometry:
     return read_geometry(conv.kernel_size, conv.stride, conv.padding, conv.dilation)
 
 
+def pads_evenly(conv: nn.Conv2d) -> bool:
+    """Return whether a layer pads with zeros, as many before the image as behind it."""
+    try:
+        geometry_of(conv)
+    except ValueError:  # padding="same" with an even filter
+        return False
+    return conv.padding_mode == "zeros"
+
+
 def check_input(input: Tensor, weight: Sequence[int], groups: int, geometry: Geometry) -> tuple[int, int, int, int]:
     """Check that an input fits a weight of this shape.
 

@@ -29,7 +29,9 @@ def before_norm(layer: nn.Module) -> nn.Module:
 STEPS = {
     "zero padding": (before_norm(nn.Conv2d(3, 4, 3, padding=1)), [BOTH + " + ReLU"]),
     "reflection": (before_norm(nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect")), ["autograd", NORM]),
-    "padding by name": (before_norm(nn.Conv2d(3, 4, 3, padding="same")), ["autograd", NORM]),
+    "padding by name": (before_norm(nn.Conv2d(3, 4, 3, padding="same")), [BOTH + " + ReLU"]),
+    "no padding by name": (before_norm(nn.Conv2d(3, 4, (2, 1), padding="valid")), [BOTH + " + ReLU"]),
+    "uneven padding": (before_norm(nn.Conv2d(3, 4, 2, padding="same")), ["autograd", NORM]),
     "two norms": (after_convolution(nn.Sequential(nn.BatchNorm2d(4), nn.BatchNorm2d(4))), [BOTH, "BatchNorm"]),
     "norm of a ReLU": (after_convolution(nn.Sequential(nn.ReLU(), nn.BatchNorm2d(4))), [CONV + " + ReLU", "BatchNorm"]),
     "two ReLUs": (after_convolution(nn.Sequential(nn.ReLU(), nn.ReLU())), [CONV + " + ReLU", "ReLU"]),
