@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,8 +25,13 @@ def test_only_one_module_touches_the_native_files():
     assert touching == {"ops/_library.py"}
 
 
-def in_a_new_process(code: str) -> tuple[int, str, str]:
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+def as_in_a_terminal() -> None:
+    """Called in a new process: Ctrl-C ends it, although jobs in the background of a shell ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def in_a_new_process(code: str, before: Callable[[], object] = as_in_a_terminal) -> tuple[int, str, str]:
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, preexec_fn=before)
     return run.returncode, run.stdout, run.stderr
 
 
@@ -74,7 +81,9 @@ def test_ctrl_c_during_the_imports_of_the_command_line_ends_it_with_one_line(sta
     started = ["-m", "sparse_adv"] if start == "module" else [str(script)]
     command = [sys.executable, "-X", "importtime", *started, "doctor"]
     environment = os.environ | {"PYTHONPATH": str(PACKAGE.parent)}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=as_in_a_terminal
+    ) as process:
         assert any("torch" in line for line in process.stderr)  # a part of torch has been imported
         process.send_signal(signal.SIGINT)
         *_, last = process.stderr
@@ -89,3 +98,12 @@ def test_ctrl_c_ends_the_imports_where_nobody_reads_the_message():
 def test_ctrl_c_stays_as_it_is_for_other_programs_that_import_the_package():
     code = "import signal, sparse_adv; assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"
     assert in_a_new_process(code) == (0, "", "")
+
+
+def test_a_process_that_ignores_ctrl_c_goes_on_ignoring_it():
+    code = (
+        "import signal, sys; sys.orig_argv = sys.argv = ['sparse-adv']; import sparse_adv\n"
+        "assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN"
+    )
+    ignore = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
+    assert in_a_new_process(code, ignore) == (0, "", "")
