@@ -14,8 +14,8 @@ from sparse_adv.attacks import deepfool, fab, fab_t, fmn
 from sparse_adv.attacks.ball import Ball
 from sparse_adv.attacks.queries import Queries, confirmed
 from sparse_adv.data.digits import read_digits
+from sparse_adv.ops.pgd_step import NORMS
 
-NORMS = ("linf", "l2")
 SEARCHES = {
     "deepfool": deepfool,
     **{f"fab {norm}": partial(fab, norm=norm, steps=10) for norm in NORMS},

@@ -18,8 +18,8 @@ from helpers.searched import (
 from sparse_adv.attacks import FAB, fab, fab_t
 from sparse_adv.attacks.ball import Ball
 from sparse_adv.attacks.hyperplane import onto_hyperplane
+from sparse_adv.ops.pgd_step import NORMS
 
-NORMS = ("linf", "l2")
 ATTACKS = (fab, partial(fab_t, n_target_classes=4))
 
 

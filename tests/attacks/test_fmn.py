@@ -16,8 +16,7 @@ from helpers.searched import (
 from helpers.searched import distances as lengths
 
 from sparse_adv.attacks import FMN, distances, fab, fmn
-
-NORMS = ("linf", "l2")
+from sparse_adv.ops.pgd_step import NORMS
 
 
 @pytest.mark.parametrize("wrong", [0, 1])

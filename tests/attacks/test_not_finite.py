@@ -9,9 +9,9 @@ from helpers.searched import Linear, broken, distances, least_distance, linear_p
 from torch import nn
 
 from sparse_adv.attacks import apgd, apgd_t, cw, deepfool, fab, fab_t, fmn, losses, mifgsm, pgd, square
+from sparse_adv.ops.pgd_step import NORMS
 from sparse_adv.training import TrainConfig, objectives
 
-NORMS = ("linf", "l2")
 SEARCHES = {
     **{f"{search.__name__} {norm}": partial(search, norm=norm) for norm in NORMS for search in (fab, fab_t, fmn)},
     "deepfool": deepfool,

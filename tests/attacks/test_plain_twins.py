@@ -13,8 +13,8 @@ from sparse_adv import ops
 from sparse_adv.attacks import apgd, apgd_t, cw, fab, fab_t, fmn, losses
 from sparse_adv.attacks.ball import Ball
 from sparse_adv.attacks.hyperplane import onto_hyperplane
+from sparse_adv.ops.pgd_step import NORMS
 
-NORMS = ("linf", "l2")
 DUAL = {"linf": 1, "l2": 2}
 
 

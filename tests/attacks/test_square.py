@@ -18,8 +18,7 @@ from torch import nn
 
 from sparse_adv.attacks import Square, losses, square
 from sparse_adv.attacks.square import _bumps
-
-NORMS = ("linf", "l2")
+from sparse_adv.ops.pgd_step import NORMS
 
 
 @pytest.mark.parametrize("norm", NORMS)

@@ -29,9 +29,9 @@ from sparse_adv.ops import (
     random_start,
     reference,
 )
+from sparse_adv.ops.pgd_step import NORMS
 
 OPS = torch.ops.sparse_adv
-NORMS = ("linf", "l2")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 examples = settings(max_examples=100, suppress_health_check=[HealthCheck.differing_executors])
 

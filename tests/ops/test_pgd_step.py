@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparse_adv.ops import pgd_step, pgd_step_, random_start, reference
+from sparse_adv.ops.pgd_step import NORMS
 
 ALPHA, EPS = 2 / 255, 8 / 255
-NORMS = ("linf", "l2")
 LAYOUTS = {
     "contiguous": lambda x: x.contiguous(),
     "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),

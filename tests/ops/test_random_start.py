@@ -9,9 +9,9 @@ from helpers.tolerances import assert_close
 from torch import Tensor
 
 from sparse_adv.ops import random_start, reference
+from sparse_adv.ops.pgd_step import NORMS
 
 EPS = 8 / 255
-NORMS = ("linf", "l2")
 SHAPES = [(3, 5, 9, 7), (1, 1, 1, 1), (70, 3, 16, 16), (5, 3), (7,), ()]
 SEEDS = [(0, 0), (-1, 3), (123456789012345, 2**32 - 2), (2**63 - 1, -2)]
 
