@@ -94,18 +94,19 @@ def input_gradients(model: nn.Module, x: Tensor, use_engine: bool = True) -> Ite
         (torch.Size([2, 10]), torch.Size([2, 1, 8, 8]))
     """
     entry = _entry_of(model, x) if use_engine else _Entry()
-    with frozen_weights(model):  # a program leaves some layers to autograd, such as those with reflected padding
-        # A second thread that attacks the same model at the same time works without the buffers.
-        if entry.program is None or not entry.lock.acquire(blocking=False):
-            yield Autograd(model)
-            return
+    # A second thread that attacks the same model at the same time works without the buffers.
+    if entry.program is not None and entry.lock.acquire(blocking=False):
         try:
             cuda_graph.keep(entry.program)  # a graph of what follows uses the program's memory
             entry.program.fold()
-            yield entry.program
+            with frozen_weights(entry.program.unfused):
+                yield entry.program
         finally:
             entry.program.forget_graphs()  # no one else can use their memory, and the next user folds anew
             entry.lock.release()
+    else:
+        with frozen_weights(model):
+            yield Autograd(model)
 
 
 @checks_types

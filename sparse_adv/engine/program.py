@@ -42,6 +42,10 @@ class Program:
         x: float tensor [N, ...], a batch of its input; all steps have its dtype, except under autocast.
         batch: the size of the batches; None for `padded_batch(len(x))`.
 
+    Attributes:
+        steps: in the order of the forward pass.
+        unfused: the modules that autograd runs.
+
     Raises:
         NotTraceable: if the model cannot become steps, or there are no kernels for its device.
     """
@@ -58,7 +62,9 @@ class Program:
         self._patterns, kernels = self._present_patterns(), self._choose_kernels()
         self._any_batch = kernels.any_batch and fusion.any_batch
         self._plan_memory(kernels)
-        self._hooked = [step for step in self.steps if isinstance(step, AutogradStep) and step.has_hooks]
+        left = [step for step in self.steps if isinstance(step, AutogradStep)]
+        self.unfused = nn.ModuleList(module for step in left for module in step.modules)
+        self._hooked = [step for step in left if step.has_hooks]
         self._reads_features = self._in_loss = self._has_other_sizes = False
         capturer = None if self._hooked else kernels.capturer  # a replay would not run the hooks
         self._captured = {} if capturer is None else {way: CapturedPasses(capturer) for way in (False, True)}

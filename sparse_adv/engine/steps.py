@@ -291,6 +291,7 @@ class AutogradStep(Step):
             may change their size.
 
     Attributes:
+        modules: those that the operations call.
         has_hooks: whether hooks see what it computes.
     """
 
@@ -305,9 +306,9 @@ class AutogradStep(Step):
     ) -> None:
         super().__init__(nodes[0].name, list(reads.values()), list(makes.values()))
         self._operations = {node: operation_of(model, node) for node in nodes}
-        modules = {node: module for node in nodes if (module := _module_in(self._operations[node])) is not None}
-        self.has_hooks = any(has_hooks(part) for module in modules.values() for part in module.modules())
-        self._sizes = sizes if any(map(runs_code_of_user, modules.values())) else {}
+        self.modules = [module for node in nodes if (module := _module_in(self._operations[node])) is not None]
+        self.has_hooks = any(has_hooks(part) for module in self.modules for part in module.modules())
+        self._sizes = sizes if any(map(runs_code_of_user, self.modules)) else {}
         self._reads, self._makes, self._constants = list(reads), list(makes), constants
         self._leaves: list[Tensor] = []
         self._results: list[Tensor] = []
