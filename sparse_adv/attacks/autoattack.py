@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import copy
-import time
-import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -15,27 +11,23 @@ import torch
 from torch import Tensor, nn
 
 from sparse_adv.argument_types import check_count, checks_types, shortened
-from sparse_adv.attacks.autoattack_state import Result, State, fingerprint
-from sparse_adv.attacks.autoattack_versions import MEMBERS, VERSIONS, Settings, Versioned, with_enough_classes
-from sparse_adv.attacks.ball import Ball, checked_ball, into_ball
+from sparse_adv.attacks.autoattack_run import Evaluation, batches_of
+from sparse_adv.attacks.autoattack_state import Result, fingerprint
+from sparse_adv.attacks.autoattack_versions import MEMBERS, VERSIONS, Settings, Versioned
+from sparse_adv.attacks.ball import checked_ball
 from sparse_adv.attacks.base import Attack, as_device
 from sparse_adv.attacks.checks import (
     Model,
     as_module,
     check_batch,
     check_images,
-    check_label_range,
     check_labels,
     int64_labels,
     is_correct,
 )
-from sparse_adv.attacks.gradient_masking import signs_of_masking
-from sparse_adv.attacks.modes import in_mode
 from sparse_adv.attacks.square import check_has_squares
-from sparse_adv.engine import input_gradients
 from sparse_adv.files import check_writable
 from sparse_adv.ops.arguments import check_flags
-from sparse_adv.ops.random_start import as_philox_state
 
 
 class AutoAttack(Versioned, Attack):
@@ -254,7 +246,7 @@ class AutoAttack(Versioned, Attack):
             raise ValueError("x_orig must hold at least one image, got none")
         y_orig = int64_labels(y_orig)
         check_labels(x_orig, y_orig)
-        right = [is_correct(self.get_logits(x), y).sum() for x, y in self._batches(x_orig, y_orig, bs)]
+        right = [is_correct(self.get_logits(x), y).sum() for x, y in batches_of(x_orig, y_orig, int(bs), self.device)]
         accuracy = int(torch.stack(right).sum()) / len(x_orig)
         self._log(f"clean accuracy {accuracy:.2%}")
         return accuracy
@@ -283,107 +275,29 @@ class AutoAttack(Versioned, Attack):
         full = self.version == "standard" and tuple(names) == VERSIONS["standard"] and self.settings == Settings()
         title = "AutoAttack" if full else f'version "{self.version}", which is not the whole AutoAttack'
         images, labels = images.detach().cpu(), labels.cpu()
+        evaluation = Evaluation(
+            title=title,
+            names=tuple(names),
+            settings=self.settings,
+            model=self.model,
+            get_logits=self.get_logits,
+            ball=self.ball,
+            engine=self.engine,
+            device=self.device,
+            images=images,
+            labels=labels,
+            label_range=label_range,
+            batch=int(batch),
+            log=self._log,
+        )
         known = self._identity(names, images, labels)
-        state = State.read(path, known) if path is not None and path.exists() else None
-        seed = state.seed if state else int(as_philox_state(None)[0]) if self.seed is None else self.seed
-        first, truth = (tensor[:batch].to(self.device) for tensor in (images, labels))
-        logits = self.get_logits(first)
-        classes = with_enough_classes(names, logits.shape[1])
-        check_label_range(label_range, classes)
-        budgets = "; ".join(f"{name} ({MEMBERS[name].budget(self.settings, classes)})" for name in names)
-        self._log(
-            f"{title}: {budgets}; {self.ball.norm}, eps {self.ball.eps_in_words}, {len(images)} images, seed {seed}"
-        )
-        ball = self.ball.of(torch.arange(len(first), device="cpu"))._asdict()
-        signs = signs_of_masking(self.model, first, truth, **ball)
-        if path is not None and state is not None and not any("between two calls" in sign for sign in signs):
-            state.check_logits(logits, path)
-        if self.version == "rand":
-            signs = [sign for sign in signs if "between two calls" not in sign]
-        for sign in signs:
-            self._log(f"warning: {sign}")
-        if state is None:
-            logits = torch.cat([self.get_logits(x).cpu() for x, _ in self._batches(images, labels, batch)])
-            state = State.initial(known, seed, images, labels, logits)
-        else:
-            done = ", ".join(name for name in state.accuracy if name != "clean") or "no attack"
-            self._log(f"continued from {path}: {done} finished")
-        self._log(f"clean accuracy {state.accuracy['clean']:.2%}")
-        for name in names:
-            if name not in state.accuracy:
-                self._attack(name, state, images, labels, batch, path)
-        before = list(state.accuracy)[-2]
-        if names[-1] == "square" and before != "clean" and state.accuracy["square"] < state.accuracy[before]:
-            signs.append("square, which needs no gradients, found examples where the gradient attacks found none")
-            self._log(f"warning: {signs[-1]}")
-        return state.result(title, budgets, signs)
-
-    def _attack(self, name: str, state: State, images: Tensor, labels: Tensor, batch: int, path: Path | None) -> None:
-        """Run one attack on the images that are still robust, batch by batch, and save the state after each."""
-        start, before = time.perf_counter(), int(state.robust.sum())
-        if not state.pending.any():
-            state.pending = state.robust.clone()
-            state.unconfirmed[name] = 0
-        while state.pending.any():
-            began = time.perf_counter()
-            index = state.pending.nonzero().squeeze(1)[:batch]
-            # A generator for each batch and attack, so that an interrupted run draws the same numbers again.
-            own_seed = state.seed * 1_000_003 + zlib.crc32(name.encode()) + int(index[0])
-            generator = torch.Generator().manual_seed(own_seed % 2**63)
-            options = MEMBERS[name].options(self.settings)
-            attack, left = partial(MEMBERS[name].attack, self.model, generator=generator, **options), index
-            # An unconfirmed example ended the search for its image too early. So the image is attacked again without
-            # autocast and engine, because these round differently. With averaged gradients no example ends a search.
-            for exact in (False, True):
-                if not len(left):
-                    break
-                x, y, ball = images[left].to(self.device), labels[left].to(self.device), self.ball.of(left)
-                with torch.autocast(x.device.type, enabled=False) if exact else nullcontext():
-                    adv = attack(x, y, **ball._asdict(), engine=self.engine and not exact)
-                found, fallen, predictions, claimed = self._verified(adv, x, y, ball.on(x))
-                state.adversarial[left[fallen]] = found[fallen]
-                state.predictions[left[fallen]] = predictions[fallen]
-                state.robust[left[fallen]] = False
-                left = left[claimed & ~fallen] if options.get("eot_iter", 1) == 1 else left[:0]
-                state.unconfirmed[name] += len(left) if not exact else 0
-            state.pending[index] = False
-            state.seconds += time.perf_counter() - began
-            if path is not None and state.pending.any():
-                state.write_if_due(path)
-        state.accuracy[name] = state.robust.double().mean().item()
-        if path is not None:
-            state.write(path)
-        self._log(
-            f"after {name}: robust accuracy {state.accuracy[name]:.2%} ({int(state.robust.sum())} of {before} still "
-            f"robust; {state.unconfirmed[name]} examples unconfirmed in float32; {time.perf_counter() - start:.1f} s)"
-        )
-
-    def _verified(self, adv: Tensor, x: Tensor, y: Tensor, ball: Ball) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The examples, moved into the ball; whether the model misclassifies each; its classes; and what the search
-        claimed.
-
-        All are on the CPU.
-        """
-        with (
-            torch.no_grad(),
-            in_mode(self.module, "eval") as model,
-            input_gradients(model, adv, self.engine) as searched,
-        ):
-            claimed = ~is_correct(searched.logits(adv), y)
-        inside = into_ball(adv, x, ball)
-        logits = self.get_logits(inside)
-        fallen = ~is_correct(logits, y) & inside.isfinite().flatten(1).all(1)
-        return inside.cpu(), fallen.cpu(), logits.argmax(1).cpu(), claimed.cpu()
+        return evaluation.run(known, self.seed, path, draws=self.version == "rand")
 
     @torch.no_grad()
     def get_logits(self, x: Tensor) -> Tensor:
         """What the model itself returns, without engine and autocast."""
         with torch.autocast(x.device.type, enabled=False):
             return super().get_logits(x)
-
-    def _batches(self, images: Tensor, labels: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        for x, y in zip(images.split(int(size)), labels.split(int(size)), strict=True):
-            yield x.to(self.device), y.to(self.device)
 
     def _identity(self, names: Sequence[str], images: Tensor, labels: Tensor) -> str:
         ball = tuple("tensor" if isinstance(value, Tensor) else value for value in self.ball)

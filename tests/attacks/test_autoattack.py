@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers.attacked import batch, make_model, snapshot
 
-from sparse_adv.attacks import AutoAttack, autoattack, square
+from sparse_adv.attacks import AutoAttack, autoattack, autoattack_state, square
 
 EPS = 0.012
 CUSTOM = {"eps": EPS, "version": "custom", "attacks_to_run": ["apgd-ce", "apgd-t"], "seed": 3, "verbose": False}
@@ -71,7 +71,7 @@ def test_an_interrupted_run_ends_like_one_that_was_not(attacked, tmp_path, monke
     model, images, labels = attacked
     whole = one_start(model, **CUSTOM)
     expected = whole.run_standard_evaluation(images, labels, bs=4)
-    write, writes = autoattack.State.write, []
+    write, writes = autoattack_state.State.write, []
     path = tmp_path / "state.safetensors"
 
     def interrupted(state, path):
@@ -80,7 +80,7 @@ def test_an_interrupted_run_ends_like_one_that_was_not(attacked, tmp_path, monke
         if len(writes) in (1, 3):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(autoattack.State, "write", interrupted)
+    monkeypatch.setattr(autoattack_state.State, "write", interrupted)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             one_start(model, **CUSTOM).run_standard_evaluation(images, labels, bs=4, state_path=path)

@@ -9,7 +9,7 @@ import torch
 from helpers.attacked import batch, interrupted_at_its_first_state, make_model
 from torch import nn
 
-from sparse_adv.attacks import AutoAttack, autoattack, autoattack_state
+from sparse_adv.attacks import AutoAttack, autoattack, autoattack_run, autoattack_state
 from sparse_adv.attacks.autoattack_state import State, first_logits
 from sparse_adv.attacks.autoattack_versions import APGDSettings, FABSettings, Settings
 
@@ -20,7 +20,7 @@ CUSTOM = {"eps": 0.01, "version": "custom", "attacks_to_run": ["apgd-ce", "squar
 def clock(monkeypatch):
     """Every look at the clock takes one second, and the attacks find nothing."""
     ticks = itertools.count()
-    monkeypatch.setattr(autoattack, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+    monkeypatch.setattr(autoattack_run, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
     for name, member in list(autoattack.MEMBERS.items()):
         changed = replace(member, attack=lambda model, x, y, **_: x)
         monkeypatch.setitem(autoattack.MEMBERS, name, changed)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_adv.attacks import autoattack
+from sparse_adv.attacks import autoattack_state
 from sparse_adv.ops import reference
 
 EPS, ALPHA = 8 / 255, 2 / 255
@@ -66,14 +66,14 @@ def losses(model: nn.Module, adv: Tensor, labels: Tensor) -> Tensor:
 @contextmanager
 def interrupted_at_its_first_state() -> Iterator[None]:
     """AutoAttack is interrupted in this block, when it has written its state for the first time."""
-    write = autoattack.State.write
+    write = autoattack_state.State.write
 
-    def interrupted(state: autoattack.State, path: Path) -> None:
+    def interrupted(state: autoattack_state.State, path: Path) -> None:
         write(state, path)
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(autoattack.State, "write", interrupted)
+        patch.setattr(autoattack_state.State, "write", interrupted)
         yield
 
 
