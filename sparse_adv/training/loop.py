@@ -280,7 +280,7 @@ class Training:
 
     def _record(self, epoch: int, trained: _Trained, evaluated: _Evaluated, undone: float | None) -> EpochRecord:
         assert self.costs is not None
-        sent = self.updater.comm_stats
+        sent = None if self.updater.exchange is None else self.updater.exchange.stats
         clean, robust, monitor = evaluated.clean, evaluated.robust, evaluated.monitor
         return EpochRecord(
             epoch=epoch + 1,

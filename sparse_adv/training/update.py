@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from sparse_adv import engine
 from sparse_adv.attacks import Graphs
 from sparse_adv.attacks.checks import is_correct
-from sparse_adv.attacks.modes import bn_mode
 from sparse_adv.config import TrainConfig
-from sparse_adv.nn import CommStats, dense_gradients, mask_agreement, register_masked_allreduce_hook
+from sparse_adv.nn import dense_gradients
 from sparse_adv.ops.random_start import as_philox_state
 from sparse_adv.training import distributed, objectives, sgd
 from sparse_adv.training.awp import perturbed_weights, weights_to_perturb
@@ -25,6 +22,7 @@ from sparse_adv.training.captured import CapturedUpdates
 from sparse_adv.training.checks import count_batches
 from sparse_adv.training.costs import Stopwatch
 from sparse_adv.training.ema import EMA
+from sparse_adv.training.gradient_exchange import GradientExchange
 from sparse_adv.training.hook import UpdateHook
 from sparse_adv.training.modes import frozen_modules, names_in_eval_mode
 from sparse_adv.training.objectives import Passes
@@ -88,7 +86,7 @@ class Updater:
         trained: the module that the loss calls in place of the model.
         evaluated: the model to evaluate and save: the moving average if the configuration asks for one.
         image_shape: shape [1, C, H, W] of an image; None before the first batch.
-        comm_stats: bytes of gradients that this process has sent; None in a run of one process.
+        exchange: averages the gradients over processes; None before the first batch and in a run of one process.
     """
 
     def __init__(
@@ -126,9 +124,7 @@ class Updater:
         self.captured = CapturedUpdates(self, graphs.cache, config.graphs)
         self.trained: nn.Module = _Fused(model) if config.engine else model
         self.image_shape: tuple[int, ...] | None = None
-        self.comm_stats: CommStats | None = None
-        self._exchanged: dict[str, bool] = {}
-        """In a run of several processes, which parameters are trained."""
+        self.exchange: GradientExchange | None = None
 
     def prepare(self, x: Tensor) -> None:
         """Before an update, note the shape of its images; before the first, set up the averaging of gradients over
@@ -138,10 +134,10 @@ class Updater:
             x: a batch from `to_device`; only its shape, dtype and memory layout matter.
         """
         self.image_shape = (1, *x.shape[1:])
-        if distributed.world_size() > 1 and self.comm_stats is None:
+        if distributed.world_size() > 1 and self.exchange is None:
             with self.autocast():
-                self.trained, self.comm_stats = _average_gradients(self.model, self.trained, x)
-            self._exchanged = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
+                self.exchange = GradientExchange(self.model, self.trained, x)
+            self.trained = self.exchange.trained
 
     def to_device(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Return a batch on the model's device, in its memory layout; the host does not wait for the copy."""
@@ -183,17 +179,9 @@ class Updater:
             new_costs = hook.after_update(self.step, gradients)
         if new_costs:
             self.captured.forget()
-        self._check_exchanged()
+        if self.exchange is not None:
+            self.exchange.check_trained()
         return Updated(loss, correct, passes, new_costs)
-
-    def _check_exchanged(self) -> None:
-        """Raise ValueError if the parameters whose gradients several processes exchange are not the trained ones."""
-        for name, parameter in self.model.named_parameters() if self._exchanged else ():
-            if parameter.requires_grad != self._exchanged.get(name, parameter.requires_grad):
-                raise ValueError(
-                    f"hook must not freeze or unfreeze parameters in a run of several processes, as it did {name!r}: "
-                    "DistributedDataParallel exchanges the gradients of those that were trained at the start"
-                )
 
     def _numbers(self) -> sgd.Numbers:
         step, length = self.step, self.steps_per_epoch
@@ -328,26 +316,6 @@ class Updater:
         if name != own and (of_hook or self.hook.state_dict()):
             raise ValueError(f"hook must be of class {name}, as before, got {own}: take another folder, or delete it")
         self.hook.load_state_dict(of_hook)
-
-
-def _average_gradients(model: nn.Module, trained: nn.Module, x: Tensor) -> tuple[DistributedDataParallel, CommStats]:
-    """The trained model in a DistributedDataParallel that sends only gradients of kept weights, and its counts.
-
-    After its first backward pass, DistributedDataParallel assigns gradients to its buffers anew, in the order of their
-    arrival. The buffers determine the order in which the gradients of three or more processes are added, and so the
-    last bits. To give a continued run the same buffers as an uninterrupted one, both begin with a backward pass on
-    blank images, without an update.
-    """
-    with warnings.catch_warnings():
-        # Newer versions of torch have another argument for this, but torch 2.10 does not know it.
-        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-        wrapped = DistributedDataParallel(trained, broadcast_buffers=False)
-    # Before the first pass, because there only masked layers would compare them.
-    mask_agreement.compare(model, wrapped.process_group)
-    with bn_mode(model, "eval"):
-        wrapped(torch.zeros_like(x)).sum().backward()
-    model.zero_grad()
-    return wrapped, register_masked_allreduce_hook(wrapped)
 
 
 @contextmanager
