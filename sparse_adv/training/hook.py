@@ -71,6 +71,8 @@ class UpdateHook:
     def after_epoch(self, record: EpochRecord) -> None:
         """Called after each epoch, between its evaluation and its saving; not for an epoch that is undone.
 
+        It may change what `after_update` may; the epoch's record describes the network before the change.
+
         Args:
             record: of the epoch; the same on all processes except for seconds and device.
         """

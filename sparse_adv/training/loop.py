@@ -29,13 +29,7 @@ from sparse_adv.runs import NO_COST, Cost, EpochRecord, RunInfo
 from sparse_adv.training import distributed, identity, objectives, random_numbers
 from sparse_adv.training.checks import check_batch_sizes, check_trainable, count_batches, first_pass, pairs_of
 from sparse_adv.training.costs import NetworkCosts, Stopwatch, Tally
-from sparse_adv.training.evaluation import (
-    Accuracy,
-    Images,
-    check_evaluable,
-    clean_accuracy,
-    robust_accuracy,
-)
+from sparse_adv.training.evaluation import Accuracy, Images, check_evaluable, clean_accuracy, robust_accuracy
 from sparse_adv.training.hook import UpdateHook
 from sparse_adv.training.modes import set_training_mode
 from sparse_adv.training.overfitting import OverfittingMonitor
@@ -152,6 +146,8 @@ class Training:
                     record = self._epoch(len(self.records), on_step)
                 self.records.append(record)
                 self.hook.after_epoch(record)
+                if type(self.hook).after_epoch is not UpdateHook.after_epoch:
+                    self.costs = None  # it may have changed the network
                 if self.files is not None:
                     self.files.save(self.records)
                 yield record

@@ -120,7 +120,7 @@ def test_costs_are_those_of_whole_batches_also_where_masks_change_at_a_small_one
     monkeypatch.setattr(loop, "NetworkCosts", lambda model, x: measured.append(len(x)) or NetworkCosts(model, x))
     method = SparseTraining(MethodConfig("static", density=0.2, dense_epochs=1))
     training.train(network(), batches(size=60), replace(QUICK, objective="fgsm-rs"), hook=method)
-    assert measured == [60, 60]
+    assert set(measured) == {60}
 
 
 def test_seconds_are_those_of_the_models_gpu(monkeypatch):

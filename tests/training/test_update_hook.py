@@ -7,8 +7,9 @@ import pytest
 import torch
 from helpers.small_runs import QUICK, VALIDATION, batches, network
 
-from sparse_adv import report, runs, training
+from sparse_adv import report, runs, sparsify, training
 from sparse_adv.config import MethodConfig
+from sparse_adv.masks import prune
 from sparse_adv.methods import SparseTraining
 from sparse_adv.training.overfitting import OverfittingMonitor
 
@@ -147,6 +148,32 @@ class Changing(training.UpdateHook):
         if step == 2:
             self.change(self.updater.model)
         return False
+
+
+def test_masks_that_a_hook_sets_between_epochs_are_counted_also_in_a_run_that_was_stopped(tmp_path):
+    class Pruning(training.UpdateHook):
+        def begin(self, updater):
+            self.model = updater.model
+            sparsify(self.model, prune(self.model, 1.0, linear=True))
+
+        def after_epoch(self, record):
+            if record.epoch == 2:
+                sparsify(self.model, prune(self.model, 0.5, linear=True))
+
+    found = []
+    for stops in (None, 2):
+        for last in (stops, None) if stops else (None,):
+            records = training.train(
+                network(),
+                batches(),
+                CONFIG,
+                folder=tmp_path / str(stops),
+                hook=Pruning(),
+                on_epoch=lambda record, last=last: record.epoch == last,
+            )
+        found.append([(record.density, record.update.macs) for record in records])
+    assert found[0] == found[1]
+    assert [density.weights for density, _ in found[0]] == pytest.approx([1, 1, 0.5, 0.5], abs=0.01)
 
 
 @pytest.mark.parametrize("engine", [True, False])
