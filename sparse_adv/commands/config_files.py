@@ -70,6 +70,8 @@ def check(parser: ArgumentParser, file: Path) -> None:
     """
     if not file.exists():
         raise FileNotFoundError(f"--config {file}: there is no such file")
+    if not file.is_file():  # a pipe, which cannot be read a second time
+        raise ValueError(f"--config {file} is not a regular file: save its content to one first")
     with file.open("rb") as opened:
         content = opened.read(_MAX_CONFIG + 1)
     if len(content) > _MAX_CONFIG:

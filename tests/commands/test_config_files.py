@@ -1,5 +1,7 @@
 """Config files: every key is a flag, flags win, and what is wrong is told in one sentence."""
 
+import os
+
 import pytest
 import torch
 import yaml
@@ -180,6 +182,10 @@ def test_what_was_typed_is_named(tmp_path, capsys):
     said = refused(capsys, *train, out, "--milestones", "0.5", "0.75")
     assert "error: --milestones must be numbers separated by commas: write --milestones 0.5,0.75" in said
     assert f"error: --config {out}/a: there is no such file" in refused(capsys, *train, out, "--config", f"{out}/a")
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("pipe", "."):
+        said = refused(capsys, *train, out, "--config", str(tmp_path / name))
+        assert f"error: --config {tmp_path / name} is not a regular file: save its content to one first" in said
     for command in (train, ("search", "--arch", "digits_cnn", "--out"), ("demo", "--out"), ("report", out, "--out")):
         said = refused(capsys, *command, f"{file}/a")
         assert f"error: --out must be a folder, got {file}/a, where {file} is a file" in said
