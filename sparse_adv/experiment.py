@@ -184,7 +184,7 @@ class SearchRun:
         device: of the network.
 
     Raises:
-        BlockingIOError: if another process writes to the folder.
+        BlockingIOError: if another process or thread writes to the folder.
         ValueError: if the folder holds another run, or a configuration does not fit the images.
 
     Examples:
@@ -266,7 +266,7 @@ class TrainRun:
         name: of the run in reports; None for the folder's name.
 
     Raises:
-        BlockingIOError: if another process writes to the folder.
+        BlockingIOError: if another process or thread writes to the folder.
         FileNotFoundError: if the folder has epochs of an unfinished run, but not the state to continue from.
         ValueError: if the folder holds another run, or the ticket does not fit the network.
 

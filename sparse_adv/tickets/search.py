@@ -71,7 +71,7 @@ def search(
         `permute_channels` their channels have another order, in which the network computes the same function.
 
     Raises:
-        BlockingIOError: if another process writes to the folder.
+        BlockingIOError: if another process or thread writes to the folder.
         FileNotFoundError: if an unfinished round in the folder has epochs, but not the state to continue from, or if
             the folder was deleted or replaced during the search.
         ValueError: before any training, if the model has masks, `prune_config` does not fit it, `metadata` are not JSON
@@ -98,7 +98,7 @@ def search(
     seen = halved(validation) if prune_config.half_resolution else validation
     if seen is not None:
         check_evaluable("validation", seen, model)
-    folder = None if folder is None else Path(folder)
+    folder = None if folder is None else Path(folder).absolute()  # as in `training.train`
     if folder is None or not (folder / runs.IDENTITY).exists():  # a search that began here may have left its masks
         _check_dense(model)
     lock = begin(folder, RunInfo("search", train_config, prune_config.named(), world_size=distributed.world_size()))

@@ -1,9 +1,10 @@
-"""The lock on a run's folder: one process at a time writes there, and only into the folder that it has locked."""
+"""The lock on a run's folder: one thread at a time writes there, and only into the folder that it has locked."""
 
 from __future__ import annotations
 
 import fcntl
 import os
+import threading
 from pathlib import Path
 from weakref import WeakValueDictionary, finalize
 
@@ -21,7 +22,7 @@ class FolderLock:
     """
 
     def __init__(self, folder: Path | None, descriptor: int | None = None) -> None:
-        self.folder = folder
+        self.folder, self.thread = folder, threading.get_ident()
         self.inode = None if descriptor is None else _inode(os.fstat(descriptor))
         self.close = finalize(self, _close, descriptor)
 
@@ -51,10 +52,10 @@ def hold(folder: Path | None) -> FolderLock:
         folder: of the run; None to lock nothing.
 
     Returns:
-        The lock: a process that holds it already gets the same one.
+        The lock: a thread that holds it already gets the same one.
 
     Raises:
-        BlockingIOError: if another process holds it.
+        BlockingIOError: if another process or thread holds it.
         ValueError: if its name is not UTF-8, which safetensors requires.
 
     Examples:
@@ -77,6 +78,9 @@ def hold(folder: Path | None) -> FolderLock:
     known = _held.get(_inode(os.fstat(descriptor)))
     if known is not None:
         os.close(descriptor)
+        others = {thread.ident for thread in threading.enumerate() if thread is not threading.current_thread()}
+        if known.thread in others:
+            raise BlockingIOError(f"{folder} is being written by another thread of this process")
         return known
     lock = FolderLock(folder, descriptor)
     try:

@@ -352,7 +352,7 @@ def train(
         A record per epoch.
 
     Raises:
-        BlockingIOError: if another process writes to the folder.
+        BlockingIOError: if another process or thread writes to the folder.
         FileNotFoundError: if the folder has epochs of a run, but not the state to continue from, or if it was deleted
             or replaced during the run.
         FloatingPointError: if the loss or a weight is not finite; the folder keeps the earlier epochs.
@@ -371,7 +371,7 @@ def train(
         >>> [record.epoch for record in records], 0 <= records[-1].robust_accuracy <= 1
         ([1, 2, 3], True)
     """
-    folder = None if folder is None else Path(folder)
+    folder = None if folder is None else Path(folder).absolute()  # the working directory may change during the run
     info = RunInfo("train", config, world_size=distributed.world_size(), before=before)
     if folder is not None and hook is not None:
         if isinstance(hook.config, MethodConfig):

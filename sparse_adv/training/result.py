@@ -45,7 +45,7 @@ def final_test(
         The result that was written.
 
     Raises:
-        BlockingIOError: if another process writes to the folder.
+        BlockingIOError: if another process or thread writes to the folder.
         FileNotFoundError: if the folder lacks the weights, or was deleted or replaced during the test.
         ValueError: if the weights are from another epoch, or there is no test image.
 

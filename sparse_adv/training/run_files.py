@@ -32,7 +32,7 @@ def begin(folder: Path | None, info: RunInfo) -> FolderLock:
         info: of the run.
 
     Raises:
-        BlockingIOError: if another process writes to the folder.
+        BlockingIOError: if another process or thread writes to the folder.
         ValueError: if it holds another run.
     """
     lock = hold(folder)
@@ -60,7 +60,7 @@ class RunFiles:
         own: what `identity.of_run` returned on this process.
 
     Raises:
-        BlockingIOError: if another process writes to the folder.
+        BlockingIOError: if another process or thread writes to the folder.
     """
 
     def __init__(

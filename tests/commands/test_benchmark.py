@@ -13,6 +13,7 @@ from torch import nn
 
 from sparse_adv import attacks
 from sparse_adv.__main__ import main
+from sparse_adv.attacks.autoattack_run import Evaluation
 from sparse_adv.commands import benchmark
 from sparse_adv.commands.benchmark import Sparsity, measured_sparsity
 from sparse_adv.commands.output import Output
@@ -82,7 +83,7 @@ def test_the_same_command_goes_on_from_its_states(checkpoint, small_budgets, cap
     arguments = command(checkpoint, *US, "--images", "20", "--eps", "0.9")
     assert main(arguments) == 0
     first = json.loads(capsys.readouterr().out.splitlines()[-1])
-    monkeypatch.setattr(attacks.AutoAttack, "_attack", None)  # nothing is attacked again
+    monkeypatch.setattr(Evaluation, "_attack", None)  # nothing is attacked again
     assert main(arguments) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["autoattack"] == first["autoattack"]
 

@@ -1,10 +1,11 @@
-"""A run folder belongs to one process at a time, and a run writes only to the folder that it began in."""
+"""A run folder belongs to one thread at a time, and a run writes only to the folder that it began in."""
 
 import errno
 import fcntl
 import multiprocessing
 import os
 import shutil
+import threading
 import time
 from dataclasses import replace
 
@@ -57,6 +58,35 @@ def test_a_folder_that_another_process_writes_to_is_refused_until_it_ends(tmp_pa
     other_process.kill()
     other_process.join()
     begin(tmp_path)
+
+
+@pytest.mark.parametrize("begin", [run, search])
+def test_a_folder_that_another_thread_writes_to_is_refused_until_it_ends(tmp_path, begin):
+    errors, folder = [], tmp_path / "run"
+
+    def begin_too(record):
+        with pytest.raises(BlockingIOError, match=f"{folder} is being written by another thread of this process"):
+            begin(folder)
+        errors.append(record.epoch)
+
+    def in_another_thread(record):
+        thread = threading.Thread(target=begin_too, args=(record,))
+        thread.start()
+        thread.join()
+
+    begin(folder, on_epoch=in_another_thread)
+    assert errors
+    thread = threading.Thread(target=begin, args=(folder,))  # it returns what is there
+    thread.start()
+    thread.join()
+
+
+@pytest.mark.parametrize("begin", [run, search])
+def test_a_run_stays_in_its_folder_where_the_working_directory_changes(tmp_path, monkeypatch, begin):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    begin("run", on_epoch=lambda record: os.chdir(tmp_path / "elsewhere"))
+    assert not list((tmp_path / "elsewhere").iterdir()) and (tmp_path / "run" / runs.INFO).exists()
 
 
 def test_all_ranks_share_the_folder_that_rank_0_has_locked(tmp_path, other_process, monkeypatch):
