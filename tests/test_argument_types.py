@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from sparse_adv import argument_types, attacks, data, engine, masks, methods, models, tickets, training
+from sparse_adv import argument_types, attacks, data, engine, masks, methods, models, runs, tickets, training
 from sparse_adv import nn as masked
 
-MODULES = (masks, masked, training, tickets, methods, data, models, engine)
+MODULES = (masks, masked, training, tickets, methods, data, models, engine, runs)
 DECORATED = {
     f"{function.__module__}.{name}": function
     for module in MODULES
@@ -56,6 +56,13 @@ def test_the_functions_that_take_a_model_or_masks_are_checked():
         "search",
         "restore",
         "build",
+        "frozen_weights",
+        "dense_gradients",
+        "fuse_for_training",
+        "input_gradients",
+        "of_weights",
+        "load_checkpoint",
+        "final_test",
     }
     assert wanted <= {name.rpartition(".")[2] for name in DECORATED}
 

@@ -140,6 +140,7 @@ class Batches:
         return torch.cat(parts, -1).to(self.split.images.device, non_blocking=True)
 
 
+@checks_types
 def crop_and_flip(images: Tensor, shifts: Tensor, flips: Tensor) -> Tensor:
     """Crop each image out of itself padded with 4 zeros on each side, and mirror some of them.
 
@@ -178,6 +179,7 @@ def crop_and_flip(images: Tensor, shifts: Tensor, flips: Tensor) -> Tensor:
     return torch.where(flips.view(-1, 1, 1, 1), cropped.flip(3), cropped)
 
 
+@checks_types
 def to_unit(images: Tensor) -> Tensor:
     """Convert images to float32 in [0, 1]: uint8 is divided by 255, floats keep their values.
 

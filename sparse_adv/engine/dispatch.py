@@ -61,6 +61,7 @@ _warned_of: WeakSet[nn.Module] = WeakSet()
 """Models with masks that are left to autograd."""
 
 
+@checks_types
 @contextmanager
 @torch.inference_mode(False)  # the code inside the context keeps its own mode
 def input_gradients(model: nn.Module, x: Tensor, use_engine: bool = True) -> Iterator[InputGradients]:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils._pytree import TreeSpec, tree_flatten
 
+from sparse_adv.argument_types import checks_types
 from sparse_adv.engine.comparison import check_finite, comparing, double_copy, quadratic_loss, without_ties
 from sparse_adv.engine.gradients import outside_inference
 from sparse_adv.engine.in_place import is_dropout
@@ -173,6 +174,7 @@ def _own_containers(returned: Any) -> Any:
     return returned
 
 
+@checks_types
 def fuse_for_training(model: nn.Module, x: Tensor) -> nn.Module:
     """Return a module that computes the same as a model in its current modes, but faster; else the model itself.
 

@@ -56,6 +56,7 @@ _NEVER_RUN = {"wrn": "sub_block1."}
 """Names of modules that other code makes but never calls: TRADES, HYDRA and RobustBench have the first stage twice."""
 
 
+@checks_types
 def load_checkpoint(
     source: str | os.PathLike[str] | Mapping[str, Any] | Ticket,
     name: str,

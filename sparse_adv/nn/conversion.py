@@ -113,6 +113,7 @@ def densify(model: nn.Module) -> nn.Module:
     return _replace(model, modules, {layer: layer.to_dense() for layer in set(masked.values())})
 
 
+@checks_types
 @contextmanager
 def frozen_weights(model: nn.Module) -> Iterator[nn.Module]:
     """A context in which the masked layers' weights and biases must not change, which makes passes faster.

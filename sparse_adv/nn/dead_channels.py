@@ -125,6 +125,7 @@ def release_channels(model: nn.Module) -> None:
                 optimizer_hook.unwatch(parameter)
 
 
+@checks_types
 def revive_dead_channels(model: nn.Module) -> None:
     """Let training change the channels that `zero_dead_channels` keeps at 0, from gamma 1 and beta 0.01.
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_input, conv2d_weight
 
+from sparse_adv.argument_types import checks_types
 from sparse_adv.nn.masked_layer import MaskedLayer, masked_layers
 from sparse_adv.ops import Pattern, masked_conv2d
 from sparse_adv.ops.masked_conv2d_autocast import dtype_under_autocast
@@ -31,6 +32,7 @@ _lock = Lock()
 """For the two above and for adding gradients: several threads may have blocks and backward passes."""
 
 
+@checks_types
 @contextmanager
 def dense_gradients(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     """A context in which backward passes also compute the gradients of pruned weights.

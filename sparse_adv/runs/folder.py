@@ -24,6 +24,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from sparse_adv import json_files
+from sparse_adv.argument_types import checks_types
 from sparse_adv.config import TrainConfig
 from sparse_adv.runs.records import DESCRIPTIVE, EpochRecord, RunInfo, SearchResult, TrainResult
 
@@ -62,7 +63,8 @@ class Run:
         return self.info.name or self.folder.resolve().name
 
 
-def begin(folder: Path, info: RunInfo) -> None:
+@checks_types
+def begin(folder: Path | str, info: RunInfo) -> None:
     """Write `run.json`, or check that the run in the folder has the same settings; then the file is not changed.
 
     If `run.json` is the only file that a run has written, it is replaced: a refused call does not bind the next one. A
@@ -86,6 +88,7 @@ def begin(folder: Path, info: RunInfo) -> None:
         >>> begin(folder, RunInfo("train", TrainConfig(epochs=3)))
         >>> begin(folder, RunInfo("train", TrainConfig(epochs=5)))  # more epochs are allowed
     """
+    folder = Path(folder)
     path = folder / INFO
     if not path.exists():
         json_files.write(path, info)
@@ -111,7 +114,8 @@ def begin(folder: Path, info: RunInfo) -> None:
         raise ValueError(f"{folder} holds a run with other settings ({changes}): take another folder, or delete it")
 
 
-def resume(folder: Path, info: RunInfo) -> None:
+@checks_types
+def resume(folder: Path | str, info: RunInfo) -> None:
     """Update `run.json` for the call that continues its run, after `begin` and digests have accepted the call.
 
     Name, place of the images, block and number of epochs become those of the call. The result of fewer epochs is kept
@@ -130,6 +134,7 @@ def resume(folder: Path, info: RunInfo) -> None:
         >>> run.name, run.info.train.epochs, run.info.extended
         ('longer', 5, (3,))
     """
+    folder = Path(folder)
     begun = json_files.read(RunInfo, folder / INFO)
     now = replace(begun, data=info.data or begun.data, name=info.name or begun.name, block=info.block or begun.block)
     epochs = begun.train.epochs
@@ -141,7 +146,8 @@ def resume(folder: Path, info: RunInfo) -> None:
         json_files.write(folder / INFO, now)
 
 
-def check_state(folder: Path) -> None:
+@checks_types
+def check_state(folder: Path | str) -> None:
     """Check that a folder with epochs of a training run also has the state from which the run continues.
 
     Raises:
@@ -151,6 +157,7 @@ def check_state(folder: Path) -> None:
         >>> import tempfile
         >>> check_state(Path(tempfile.mkdtemp()))  # no epochs
     """
+    folder = Path(folder)
     written = [name for name in (EPOCHS, RESULT, LAST, BEST) if (folder / name).exists()]
     if written and not (folder / STATE).exists():
         raise FileNotFoundError(
@@ -159,6 +166,7 @@ def check_state(folder: Path) -> None:
         )
 
 
+@checks_types
 def read(folder: Path | str) -> Run:
     """Read a run, finished or not.
 
@@ -183,7 +191,8 @@ def read(folder: Path | str) -> Run:
     return Run(folder, info, records, json_files.read(kind, folder / RESULT) if (folder / RESULT).exists() else None)
 
 
-def of_weights(path: Path) -> Run | None:
+@checks_types
+def of_weights(path: Path | str) -> Run | None:
     """Return the run that wrote a file of weights, `best.safetensors` or `last.safetensors`; None for other files.
 
     A round of a search has the network and the images of the search.
@@ -192,6 +201,7 @@ def of_weights(path: Path) -> Run | None:
         >>> of_weights(Path("nowhere") / BEST) is None
         True
     """
+    path = Path(path)
     folder, above = path.parent, path.parent.parent
     if path.name not in (BEST, LAST) or not (folder / INFO).is_file():
         return None
@@ -203,7 +213,8 @@ def of_weights(path: Path) -> Run | None:
     return run
 
 
-def is_file_of_run(path: Path) -> bool:
+@checks_types
+def is_file_of_run(path: Path | str) -> bool:
     """Return whether a path is a file that a run writes to its folder.
 
     Examples:
@@ -213,6 +224,7 @@ def is_file_of_run(path: Path) -> bool:
         >>> is_file_of_run(folder / "best.safetensors"), is_file_of_run(folder / "mine.json")
         (True, False)
     """
+    path = Path(path)
     is_run = (path.parent / INFO).is_file()
     return is_run and (path.name in FILES or fnmatchcase(path.name, _earlier_result("*")))
 

@@ -98,7 +98,7 @@ def search(
     seen = halved(validation) if prune_config.half_resolution else validation
     if seen is not None:
         check_evaluable("validation", seen, model)
-    folder = None if folder is None else Path(folder).absolute()  # as in `training.train`
+    folder = None if folder is None else Path(folder).absolute()
     if folder is None or not (folder / runs.IDENTITY).exists():  # a search that began here may have left its masks
         _check_dense(model)
     lock = begin(folder, RunInfo("search", train_config, prune_config.named(), world_size=distributed.world_size()))
@@ -341,7 +341,8 @@ def _finished(folder: Path, train_config: TrainConfig, prune_config: PruneConfig
     """The ticket in the folder, if a search with these configurations found it."""
     ticket = masks.load_ticket(folder / runs.TICKET)
     record = record_of(ticket, folder / runs.TICKET)
-    if (replace(record.train, graphs=train_config.graphs), record.prune) != (train_config, prune_config.named()):
-        name = "training" if record.train != train_config else "pruning"
+    train = replace(record.train, graphs=train_config.graphs)
+    if (train, record.prune) != (train_config, prune_config.named()):
+        name = "training" if train != train_config else "pruning"
         raise ValueError(f"{folder} holds a ticket of another {name} configuration: take another folder, or delete it")
     return ticket

@@ -43,7 +43,7 @@ def write_weights(path: Path, state_dict: Mapping[str, Tensor], metadata: JSONOb
 
 
 @checks_types
-def read_weights(path: Path) -> tuple[dict[str, Tensor], JSONObject]:
+def read_weights(path: Path | str) -> tuple[dict[str, Tensor], JSONObject]:
     """Read a state dict and the metadata that training stored with it.
 
     Args:
@@ -64,7 +64,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], JSONObject]:
         >>> weights["bias"], metadata["epoch"]
         (tensor([0., 0.]), 3)
     """
-    with _opened(path) as (file, metadata):
+    with _opened(Path(path)) as (file, metadata):
         return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118
 
 

@@ -22,7 +22,8 @@ class FolderLock:
     """
 
     def __init__(self, folder: Path | None, descriptor: int | None = None) -> None:
-        self.folder, self.thread = folder, threading.get_ident()
+        self.folder = None if folder is None else folder.absolute()  # the working directory may change
+        self.thread = threading.get_ident()
         self.inode = None if descriptor is None else _inode(os.fstat(descriptor))
         self.close = finalize(self, _close, descriptor)
 

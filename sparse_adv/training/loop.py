@@ -91,6 +91,7 @@ class Training:
         [2, 4]
     """
 
+    @checks_types
     def __init__(
         self,
         model: nn.Module,
@@ -98,12 +99,13 @@ class Training:
         config: TrainConfig,
         *,
         validation: Images | None = None,
-        folder: Path | None = None,
+        folder: Path | str | None = None,
         before: Cost = NO_COST,
         hook: UpdateHook | None = None,
         objective: Callable[..., objectives.TrainingObjective] | None = None,
     ) -> None:
-        self.batches, self.config, self.validation, self.folder = batches, config, validation, folder
+        self.batches, self.config, self.validation = batches, config, validation
+        self.folder = None if folder is None else Path(folder).absolute()
         check_trainable(model)
         if validation is not None:
             check_evaluable("validation", validation, model)
@@ -124,9 +126,9 @@ class Training:
         self.total = before
         self.records: list[EpochRecord] = []
         self.files: RunFiles | None = None
-        if folder is not None:
+        if self.folder is not None:
             own = identity.of_run(model, batches, validation, config.seed, hook is not None)
-            self.files = RunFiles(folder, config, batches, self.updater, self.monitor, own)
+            self.files = RunFiles(self.folder, config, batches, self.updater, self.monitor, own)
             self.records = self.files.restore()
         if self.records:
             self.total = self.records[-1].total
@@ -371,7 +373,7 @@ def train(
         >>> [record.epoch for record in records], 0 <= records[-1].robust_accuracy <= 1
         ([1, 2, 3], True)
     """
-    folder = None if folder is None else Path(folder).absolute()  # the working directory may change during the run
+    folder = None if folder is None else Path(folder)
     info = RunInfo("train", config, world_size=distributed.world_size(), before=before)
     if folder is not None and hook is not None:
         if isinstance(hook.config, MethodConfig):

@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from sparse_adv import json_files, runs
+from sparse_adv.argument_types import checks_types
 from sparse_adv.config import TrainConfig
 from sparse_adv.data import Split
 from sparse_adv.runs import EpochRecord, TicketChecks, TrainResult
@@ -22,9 +23,10 @@ log = logging.getLogger(__name__)
 TEST_STEPS = 20
 
 
+@checks_types
 def final_test(
     model: nn.Module,
-    folder: Path,
+    folder: Path | str,
     records: Sequence[EpochRecord],
     config: TrainConfig,
     test: Images,
