@@ -15,10 +15,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.utils import _pair
 
 from sparse_adv.engine.activations import activation_of
+from sparse_adv.engine.autograd_step import AutogradStep
 from sparse_adv.engine.model_state import runs_own_code
 from sparse_adv.engine.steps import (
     ActivationStep,
-    AutogradStep,
     ConvolutionStep,
     FusedStep,
     LinearStep,

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from sparse_adv.engine import buffers
+from sparse_adv.engine.autograd_step import AutogradStep, OtherSize
 from sparse_adv.engine.captured import Backward, CapturedPasses
 from sparse_adv.engine.folding import fold_norms
 from sparse_adv.engine.fusing import Fusion
 from sparse_adv.engine.gradients import Autograd, LossOfLogits, image_gradient, outside_inference
 from sparse_adv.engine.kernels import DeviceKernels
 from sparse_adv.engine.kernels_cpu import CpuKernels, best_memory_format
-from sparse_adv.engine.steps import AutogradStep, ConvolutionStep, OtherSize
+from sparse_adv.engine.steps import ConvolutionStep
 from sparse_adv.engine.traced_code import NotTraceable
 from sparse_adv.engine.tracing import trace
 from sparse_adv.engine.values import PassTensors

@@ -12,15 +12,15 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import TreeSpec, tree_flatten
 
 from sparse_adv.argument_types import checks_types
+from sparse_adv.engine.autograd_step import operation_of
 from sparse_adv.engine.comparison import check_finite, comparing, double_copy, quadratic_loss, without_ties
 from sparse_adv.engine.gradients import outside_inference
 from sparse_adv.engine.in_place import is_dropout
 from sparse_adv.engine.model_state import has_hooks
-from sparse_adv.engine.steps import operation_of
 from sparse_adv.engine.trace_cache import TraceCache
 from sparse_adv.engine.traced_code import NotTraceable, module_of
 from sparse_adv.engine.tracing import graph_of, is_relu, is_sum
-from sparse_adv.engine.winograd import TrainedConvolution, is_plain_convolution, onednn_writes_out_of_bounds
+from sparse_adv.engine.trained_convolution import TrainedConvolution, is_plain_convolution, onednn_writes_out_of_bounds
 from sparse_adv.masks.layers import computes_as
 from sparse_adv.nn import MaskedConv2d
 from sparse_adv.ops._library import has_triton
