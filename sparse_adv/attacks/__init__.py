@@ -15,10 +15,11 @@ from sparse_adv.attacks.bim import BIM, bim
 from sparse_adv.attacks.cuda_graph import Graphs
 from sparse_adv.attacks.cw import CW, cw
 from sparse_adv.attacks.deepfool import DeepFool, deepfool
+from sparse_adv.attacks.distances import distances
 from sparse_adv.attacks.eotpgd import EOTPGD, eotpgd
 from sparse_adv.attacks.fab import FAB, FABT, fab, fab_t
 from sparse_adv.attacks.fgsm import FFGSM, FGSM, fgsm, fgsm_rs, n_fgsm
-from sparse_adv.attacks.fmn import FMN, distances, fmn
+from sparse_adv.attacks.fmn import FMN, fmn
 from sparse_adv.attacks.gradient_masking import signs_of_masking
 from sparse_adv.attacks.losses import Loss
 from sparse_adv.attacks.mifgsm import MIFGSM, mifgsm

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from sparse_adv.argument_types import check_count
 from sparse_adv.attacks.apgd_ascent import AscentSettings, Attacker
+from sparse_adv.attacks.as_module import Model
 from sparse_adv.attacks.ball import ball_around
-from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.host_attack import SeededAttack, count_setting
 from sparse_adv.attacks.losses import Loss, loss_function, loss_to_raise, takes_classes, targeted_dlr
 from sparse_adv.attacks.options import BasicOptions

@@ -12,10 +12,10 @@ from torch import Tensor
 from sparse_adv.argument_types import check_count
 from sparse_adv.attacks import movement
 from sparse_adv.attacks.ball import Ball, into_ball
-from sparse_adv.attacks.checks import is_adversarial
 from sparse_adv.attacks.geometry import direction, per_image
 from sparse_adv.attacks.options import check_settings
 from sparse_adv.attacks.queries import Queries
+from sparse_adv.attacks.success import is_adversarial
 from sparse_adv.attacks.zero_gradients import warn_if_zero
 from sparse_adv.ops.random_start import as_philox_state
 

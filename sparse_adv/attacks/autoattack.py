@@ -11,21 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from sparse_adv.argument_types import check_count, checks_types, shortened
+from sparse_adv.attacks.as_module import Model, as_module
 from sparse_adv.attacks.autoattack_run import Evaluation, batches_of
 from sparse_adv.attacks.autoattack_state import Result, fingerprint
 from sparse_adv.attacks.autoattack_versions import MEMBERS, VERSIONS, Settings, Versioned
 from sparse_adv.attacks.ball import checked_ball
 from sparse_adv.attacks.base import Attack, as_device
-from sparse_adv.attacks.checks import (
-    Model,
-    as_module,
-    check_batch,
-    check_images,
-    check_labels,
-    int64_labels,
-    is_correct,
-)
+from sparse_adv.attacks.checks import check_batch, check_images, check_labels, int64_labels
 from sparse_adv.attacks.square import check_has_squares
+from sparse_adv.attacks.success import is_correct
 from sparse_adv.files import check_writable
 from sparse_adv.ops.arguments import check_flags
 

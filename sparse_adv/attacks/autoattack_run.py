@@ -13,12 +13,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sparse_adv.attacks.as_module import Model, as_module
 from sparse_adv.attacks.autoattack_state import Result, State
 from sparse_adv.attacks.autoattack_versions import MEMBERS, Settings, with_enough_classes
 from sparse_adv.attacks.ball import Ball, into_ball
-from sparse_adv.attacks.checks import LabelRange, Model, as_module, check_label_range, is_correct
+from sparse_adv.attacks.checks import LabelRange, check_label_range
 from sparse_adv.attacks.gradient_masking import signs_of_masking
 from sparse_adv.attacks.modes import in_mode
+from sparse_adv.attacks.success import is_correct
 from sparse_adv.engine import input_gradients
 from sparse_adv.ops.random_start import as_philox_state
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from sparse_adv.attacks.checks import is_correct
+from sparse_adv.attacks.success import is_correct
 from sparse_adv.files import write_bytes
 
 _TENSORS = ("adversarial", "predictions", "robust", "pending", "logits")

@@ -17,15 +17,9 @@ from torch.utils.data import DataLoader
 
 from sparse_adv.argument_types import check_count, checks_types, shortened
 from sparse_adv.attacks import saved
+from sparse_adv.attacks.as_module import Model, as_module
 from sparse_adv.attacks.ball import Ball, ball_around
-from sparse_adv.attacks.checks import (
-    Model,
-    as_module,
-    check_has_values,
-    check_images,
-    count_classes,
-    int64_labels,
-)
+from sparse_adv.attacks.checks import check_has_values, check_images, count_classes, int64_labels
 from sparse_adv.attacks.modes import TrainingMode, in_mode
 from sparse_adv.attacks.normalized import Normalized, channel_statistics
 from sparse_adv.attacks.targets import TargetFunction, Targets, given_targets, least_likely, random_targets

@@ -8,8 +8,8 @@ from typing import Unpack
 from torch import Tensor
 
 from sparse_adv.argument_types import check_count
+from sparse_adv.attacks.as_module import Model
 from sparse_adv.attacks.ball import checked_ball
-from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.options import LossOptions, check_names
 from sparse_adv.attacks.pgd import PGD, pgd
 

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from sparse_adv.argument_types import check_count
+from sparse_adv.attacks.as_module import Model
 from sparse_adv.attacks.ball import Ball, ball_around
-from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.geometry import distance, per_image
 from sparse_adv.attacks.host_attack import HostAttack
 from sparse_adv.attacks.options import BasicOptions
-from sparse_adv.attacks.queries import Queries, advantage, robust_images, run_search
+from sparse_adv.attacks.queries import Queries, run_search
+from sparse_adv.attacks.success import advantage, robust_images
 from sparse_adv.ops.arguments import check_flag, check_numbers
 
 _INSIDE = 1 - 1e-6

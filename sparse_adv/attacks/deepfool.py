@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 from sparse_adv.argument_types import check_count
+from sparse_adv.attacks.as_module import Model
 from sparse_adv.attacks.ball import ball_around
-from sparse_adv.attacks.checks import Model
+from sparse_adv.attacks.confirmation import confirmed
 from sparse_adv.attacks.geometry import per_image
 from sparse_adv.attacks.host_attack import HostAttack
 from sparse_adv.attacks.hyperplane import nearest_boundary
 from sparse_adv.attacks.options import BasicOptions
-from sparse_adv.attacks.queries import Queries, confirmed, robust_images, run_search
+from sparse_adv.attacks.queries import Queries, run_search
+from sparse_adv.attacks.success import robust_images
 from sparse_adv.ops.arguments import check_number
 
 

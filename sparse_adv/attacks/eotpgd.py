@@ -9,8 +9,8 @@ from torch import Tensor
 
 from sparse_adv.argument_types import check_count
 from sparse_adv.attacks import movement
+from sparse_adv.attacks.as_module import Model
 from sparse_adv.attacks.ball import ball_around, into_ball, step_sizes
-from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.host_attack import HostAttack
 from sparse_adv.attacks.losses import Loss, loss_function, loss_to_raise
 from sparse_adv.attacks.options import BasicOptions, check_generator

@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 
 from sparse_adv.argument_types import check_count
+from sparse_adv.attacks.as_module import Model
 from sparse_adv.attacks.ball import Ball, ball_around
-from sparse_adv.attacks.checks import Model
+from sparse_adv.attacks.confirmation import confirmed
 from sparse_adv.attacks.generators import private_generator
 from sparse_adv.attacks.geometry import distance, divisor, per_image
 from sparse_adv.attacks.host_attack import SeededAttack, count_setting
 from sparse_adv.attacks.hyperplane import nearest_boundary, onto_hyperplane
 from sparse_adv.attacks.options import BasicOptions, FABTOptions, check_names, check_settings
-from sparse_adv.attacks.queries import Queries, advantage, confirmed, largest_logit, run_search
+from sparse_adv.attacks.queries import Queries, largest_logit, run_search
+from sparse_adv.attacks.success import advantage
 from sparse_adv.ops.arguments import check_flag
 
 Boundary = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]

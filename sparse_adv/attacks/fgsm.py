@@ -6,7 +6,7 @@ from typing import Any, Unpack
 
 from torch import Tensor
 
-from sparse_adv.attacks.checks import Model
+from sparse_adv.attacks.as_module import Model
 from sparse_adv.attacks.gradient_attack import GradientAttack
 from sparse_adv.attacks.options import AttackOptions, LossOptions, check_names
 from sparse_adv.attacks.run_attack import run_attack

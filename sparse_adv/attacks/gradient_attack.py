@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from sparse_adv.attacks.as_module import Model
 from sparse_adv.attacks.base import Attack
-from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.cuda_graph import Graphs
 from sparse_adv.attacks.options import AttackOptions
 from sparse_adv.attacks.run_attack import run_attack

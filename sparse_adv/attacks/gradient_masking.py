@@ -9,18 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_adv.attacks import movement
+from sparse_adv.attacks.as_module import Model, as_module
 from sparse_adv.attacks.ball import Ball, Values, ball_around, check_finite_radius
-from sparse_adv.attacks.checks import (
-    Model,
-    as_module,
-    check_classes,
-    check_images,
-    check_labels,
-    count_classes,
-    int64_labels,
-    is_correct,
-)
+from sparse_adv.attacks.checks import check_classes, check_images, check_labels, count_classes, int64_labels
 from sparse_adv.attacks.modes import in_mode
+from sparse_adv.attacks.success import is_correct
 from sparse_adv.engine import Autograd, NoGradientError
 
 _TOO_MANY = 0.1

@@ -9,8 +9,8 @@ from typing import Any, ClassVar, Unpack
 from torch import Tensor
 
 from sparse_adv.argument_types import check_count
+from sparse_adv.attacks.as_module import Model
 from sparse_adv.attacks.base import Attack
-from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.generators import seeded
 from sparse_adv.attacks.options import BasicOptions, check_names
 

@@ -11,17 +11,13 @@ from torch import Tensor, nn
 
 from sparse_adv.attacks import movement
 from sparse_adv.attacks.ball import step_sizes
-from sparse_adv.attacks.checks import (
-    LabelRange,
-    check_label_range,
-    count_classes,
-    is_adversarial,
-)
+from sparse_adv.attacks.checks import LabelRange, check_label_range, count_classes
 from sparse_adv.attacks.geometry import per_image
 from sparse_adv.attacks.gradients import BatchGradients, batch_gradients
 from sparse_adv.attacks.losses import kl_divergence, loss_values, takes_classes
 from sparse_adv.attacks.modes import in_mode
 from sparse_adv.attacks.options import AttackOptions
+from sparse_adv.attacks.success import is_adversarial
 from sparse_adv.attacks.zero_gradients import is_telling, warn_if_zero
 
 

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from sparse_adv.argument_types import checks_types, shortened
+from sparse_adv.attacks.as_module import Model
 from sparse_adv.attacks.base import Attack
-from sparse_adv.attacks.checks import Model, check_classes, check_labels, int64_labels, is_correct
+from sparse_adv.attacks.checks import check_classes, check_labels, int64_labels
+from sparse_adv.attacks.success import is_correct
 
 
 class MultiAttack(Attack):

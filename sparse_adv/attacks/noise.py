@@ -7,9 +7,9 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
+from sparse_adv.attacks.as_module import Model
 from sparse_adv.attacks.ball import ball_around
 from sparse_adv.attacks.base import Attack
-from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.host_attack import HostAttack
 from sparse_adv.attacks.options import BasicOptions
 from sparse_adv.ops.arguments import check_number

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparse_adv.argument_types import shortened
+from sparse_adv.attacks.as_module import Model, as_module
 from sparse_adv.attacks.ball import Ball, of_channels
-from sparse_adv.attacks.checks import Model, as_module, check_has_values
+from sparse_adv.attacks.checks import check_has_values
 from sparse_adv.ops.arguments import check_tensors
 
 _UNITS_OF_ROUNDING = 8

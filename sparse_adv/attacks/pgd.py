@@ -7,7 +7,7 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from sparse_adv.attacks.checks import Model
+from sparse_adv.attacks.as_module import Model
 from sparse_adv.attacks.cuda_graph import Graphs
 from sparse_adv.attacks.gradient_attack import GradientAttack
 from sparse_adv.attacks.losses import Loss

@@ -1,4 +1,4 @@
-"""Shared by attacks on the host: `run_search` gives them a model to query, `confirmed` tests what they found."""
+"""Runs the searches of attacks on the host, and answers their queries of the model: logits and gradients."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from sparse_adv.attacks.ball import Ball, Values, into_ball
+from sparse_adv.attacks.as_module import Model, as_module
+from sparse_adv.attacks.ball import Values
 from sparse_adv.attacks.checks import (
     LabelRange,
-    Model,
-    as_module,
     check_batch,
     check_images,
     check_label_range,
@@ -20,13 +19,11 @@ from sparse_adv.attacks.checks import (
     int64_labels,
 )
 from sparse_adv.attacks.gradients import BatchGradients, batch_gradients
-from sparse_adv.attacks.losses import margin
 from sparse_adv.attacks.modes import in_mode
 from sparse_adv.engine.gradients import LossOfLogits, image_gradient
 from sparse_adv.nn import frozen_weights
 from sparse_adv.ops.arguments import check_flags
 
-_PUSHES = (0.0, 1e-4, 1e-3, 1e-2)
 _UNITS_OF_ROUNDING = 100
 """A margin exceeds rounding if it is more than this many units in the last place of the largest absolute logit."""
 
@@ -137,20 +134,6 @@ def run_search(
             return torch.empty_like(images).copy_(search(queries, images, labels))
 
 
-def advantage(logits: Tensor, labels: Tensor, targeted: bool) -> Tensor:
-    """The margin by which each image is adversarial, [N]: positive if it is misclassified or at its target.
-
-    An image with a NaN among its logits has no class: its margin is infinity, or minus infinity if it has a target.
-    """
-    gain = -margin(logits, labels) if targeted else margin(logits, labels)
-    return gain.masked_fill(logits.isnan().any(1), -torch.inf if targeted else torch.inf)
-
-
-def robust_images(logits: Tensor, labels: Tensor, targeted: bool) -> Tensor:
-    """The indices of the images that are not adversarial."""
-    return (~(advantage(logits, labels, targeted) > 0)).nonzero().squeeze(1)
-
-
 def largest_logit(logits: Tensor) -> Tensor:
     """The largest absolute logit of each image [N], among the classes whose softmax probability is above 0.
 
@@ -161,35 +144,3 @@ def largest_logit(logits: Tensor) -> Tensor:
 
 def _finite(gradient: Tensor) -> Tensor:
     return gradient.nan_to_num(0.0, 0.0, 0.0)
-
-
-def confirmed(model: Queries, found: Tensor, images: Tensor, labels: Tensor, ball: Ball, targeted: bool) -> Tensor:
-    """The found examples if the model itself, without the engine, misclassifies them; else the clean images.
-
-    A search for the least distance ends so near to the boundary that rounding decides the class, and the engine, or
-    another batch size, rounds differently. So the perturbation is made up to 1 % longer, by the factors in `_PUSHES` in
-    turn, until the margin exceeds rounding. If it never does, the last misclassified example counts. In a dtype of few
-    bits that is often the example as it was found.
-
-    Args:
-        model: the model under attack.
-        found: float tensor [N, ...], the examples that the search found, or the clean image if it found none.
-        images: float tensor [N, ...], the clean images.
-        labels: int64 tensor [N].
-        ball: the images that may be returned, `on` these images.
-        targeted: whether an image is adversarial if it is classified as its label.
-
-    Returns:
-        A tensor with shape and dtype of `images`.
-    """
-    result, left = images.clone(), (found != images).flatten(1).any(1).nonzero().squeeze(1)
-    for share in _PUSHES:
-        if not len(left):
-            break
-        clean, x = images[left], found[left]
-        x = into_ball(clean + (1 + share) * (x - clean) if share else x, clean, ball.of(left))
-        logits, rounding = model.own_logits(x)
-        margins = advantage(logits, labels[left], targeted)
-        result[left[margins > 0]] = x[margins > 0]
-        left = left[~(margins > rounding)]
-    return result

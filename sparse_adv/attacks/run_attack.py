@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from sparse_adv.argument_types import shortened
+from sparse_adv.attacks.as_module import Model, as_module
 from sparse_adv.attacks.ball import check_shapes, into_ball
 from sparse_adv.attacks.captured import run_captured
-from sparse_adv.attacks.checks import Model, as_module, check_batch, check_images, check_labels, int64_labels
+from sparse_adv.attacks.checks import check_batch, check_images, check_labels, int64_labels
 from sparse_adv.attacks.loop import PGDLoop
 from sparse_adv.attacks.losses import takes_classes
 from sparse_adv.attacks.options import AttackOptions

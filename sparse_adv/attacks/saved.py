@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from sparse_adv import torch_files
 from sparse_adv.argument_types import check_count, shortened
-from sparse_adv.attacks.checks import int64_labels, is_adversarial
+from sparse_adv.attacks.checks import int64_labels
 from sparse_adv.attacks.normalized import channel_statistics, normalized
+from sparse_adv.attacks.success import is_adversarial
 from sparse_adv.errors import first_line
 from sparse_adv.files import check_writable, replacing
 from sparse_adv.ops.arguments import check_tensors

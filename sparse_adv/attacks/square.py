@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from sparse_adv.argument_types import check_count, shortened
+from sparse_adv.attacks.as_module import Model
 from sparse_adv.attacks.ball import Ball, ball_around, into_ball
-from sparse_adv.attacks.checks import Model
 from sparse_adv.attacks.generators import private_generator
 from sparse_adv.attacks.geometry import per_image
 from sparse_adv.attacks.host_attack import SeededAttack, count_setting
 from sparse_adv.attacks.losses import cross_entropy
 from sparse_adv.attacks.options import BasicOptions, check_settings
-from sparse_adv.attacks.queries import Queries, advantage, robust_images, run_search
+from sparse_adv.attacks.queries import Queries, run_search
+from sparse_adv.attacks.success import advantage, robust_images
 from sparse_adv.ops.arguments import check_flags
 
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)

@@ -7,7 +7,8 @@ from weakref import WeakSet
 
 from torch import Tensor, nn
 
-from sparse_adv.attacks.checks import PlainFunction, reads_at_once
+from sparse_adv.attacks.as_module import PlainFunction
+from sparse_adv.attacks.checks import reads_at_once
 from sparse_adv.attacks.losses import Loss, SmoothedCrossEntropy, cross_entropy, margin
 
 log = logging.getLogger(__name__)

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from sparse_adv.argument_types import checks_types
 from sparse_adv.masks.blocks import block_sizes, block_sums, conv_shape
 from sparse_adv.masks.dependency_graph import DependencyGroup, dependency_groups
-from sparse_adv.masks.pruning import Candidates, Score, select_blocks
+from sparse_adv.masks.pruning import Candidates, Score
 from sparse_adv.masks.same_function import check_same_function
+from sparse_adv.masks.selection import select_blocks
 from sparse_adv.ops.masked_conv2d_mask import check_block
 
 _SOFT_ROUNDS, _SOFT_POWER = 4, 4

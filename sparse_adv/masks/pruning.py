@@ -28,7 +28,7 @@ from sparse_adv.masks.layers import (
     unknown_module,
     weight_of,
 )
-from sparse_adv.masks.selection import smallest
+from sparse_adv.masks.selection import select_blocks
 from sparse_adv.ops.masked_conv2d_mask import check_mask, expand_blocks
 
 log = logging.getLogger(__name__)
@@ -266,47 +266,6 @@ def _layers_of(exclude: Collection[str], model: nn.Module) -> set[nn.Module]:
             kind = type(modules[name]).__name__
             raise ValueError(f"exclude must name convolutions and linear layers, got {name!r}, a {kind}")
     return {modules[name] for name in exclude}
-
-
-def select_blocks(
-    scores: Mapping[str, Tensor], sizes: Mapping[str, Tensor], targets: Mapping[tuple[str, ...], int]
-) -> dict[str, Tensor]:
-    """Select the blocks with the highest scores, so that the number of their weights is as near the target as possible.
-
-    Args:
-        scores: score of each block, by layer; all on one device.
-        sizes: int64, number of weights of each block, by layer, on the same device.
-        targets: for each set of layers that is ranked together, the number of weights to keep.
-
-    Returns:
-        For each layer a bool tensor of the shape of its scores: true = kept.
-    """
-    kept: dict[str, Tensor] = {}
-    for names, target in targets.items():
-        if not names:
-            continue
-        flat_scores, flat_sizes = (torch.cat([grid[name].flatten() for name in names]) for grid in (scores, sizes))
-        flags = _highest(flat_scores, flat_sizes, target)
-        parts = flags.split([scores[name].numel() for name in names])
-        kept |= {name: part.reshape(scores[name].shape) for name, part in zip(names, parts, strict=True)}
-    return kept
-
-
-def _highest(scores: Tensor, sizes: Tensor, target: int) -> Tensor:
-    """True for the highest scores whose sizes add up nearest to the target; tensors of one dimension."""
-    size = int(sizes[0]) if len(sizes) else 1
-    if bool((sizes == size).all()):  # then a threshold is enough: for single weights it takes a third of the time
-        count = min((2 * target + size - 1) // (2 * size), len(scores))
-        return smallest(-scores, torch.ones_like(scores, dtype=torch.bool), count)
-    order = scores.argsort(descending=True, stable=True)
-    totals = sizes[order].cumsum(0)
-    count = int(torch.searchsorted(totals, target, right=True))
-    missing = target - int(totals[count - 1]) if count else target
-    if count < len(totals) and int(totals[count]) - target < missing:
-        count += 1
-    flags = torch.zeros_like(order, dtype=torch.bool)
-    flags[order[:count]] = True
-    return flags
 
 
 def _pruned_before(

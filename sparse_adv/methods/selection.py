@@ -8,8 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from sparse_adv.masks.pruning import select_blocks
-from sparse_adv.masks.selection import smallest
+from sparse_adv.masks.selection import select_blocks, smallest
 
 Grids = Mapping[str, Tensor]
 """A tensor for each layer, with an element for each block."""

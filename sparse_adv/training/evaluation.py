@@ -11,15 +11,9 @@ from torch import Tensor, nn
 
 from sparse_adv import attacks
 from sparse_adv.argument_types import check_count, checks_types
-from sparse_adv.attacks.checks import (
-    InputValidator,
-    check_classes,
-    count_classes,
-    int64_labels,
-    is_correct,
-    reads_at_once,
-)
+from sparse_adv.attacks.checks import InputValidator, check_classes, count_classes, int64_labels, reads_at_once
 from sparse_adv.attacks.modes import in_mode
+from sparse_adv.attacks.success import is_correct
 from sparse_adv.config import Norm
 from sparse_adv.data import Batches, Split
 from sparse_adv.masks.layers import device_of

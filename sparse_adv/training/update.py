@@ -12,7 +12,7 @@ from torch import Generator, Tensor, nn
 
 from sparse_adv import engine
 from sparse_adv.attacks import Graphs
-from sparse_adv.attacks.checks import is_correct
+from sparse_adv.attacks.success import is_correct
 from sparse_adv.config import TrainConfig
 from sparse_adv.nn import dense_gradients
 from sparse_adv.ops.random_start import as_philox_state

@@ -11,7 +11,8 @@ from torch.nn.modules import module as torch_module
 from torch.optim.swa_utils import AveragedModel
 
 from sparse_adv.attacks import checks, fab, fmn, n_fgsm, pgd
-from sparse_adv.attacks.checks import InputValidator, as_module
+from sparse_adv.attacks.as_module import as_module
+from sparse_adv.attacks.checks import InputValidator
 from sparse_adv.training import robust_accuracy
 
 WRAPPERS = {

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from sparse_adv import models
 from sparse_adv.attacks import deepfool, fab, fab_t, fmn
 from sparse_adv.attacks.ball import Ball
-from sparse_adv.attacks.queries import Queries, confirmed
+from sparse_adv.attacks.confirmation import confirmed
+from sparse_adv.attacks.queries import Queries
 from sparse_adv.data.digits import read_digits
 from sparse_adv.ops.pgd_step import NORMS
 

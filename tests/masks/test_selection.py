@@ -7,8 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparse_adv.masks.pruning import select_blocks
-from sparse_adv.masks.selection import smallest
+from sparse_adv.masks.selection import select_blocks, smallest
 
 
 @settings(deadline=None, max_examples=200)
