@@ -15,7 +15,7 @@ from sparse_adv.attacks.host_attack import SeededAttack, count_setting
 from sparse_adv.attacks.losses import Loss, loss_function, loss_to_raise, takes_classes, targeted_dlr
 from sparse_adv.attacks.options import BasicOptions
 from sparse_adv.attacks.queries import Queries, run_search
-from sparse_adv.attacks.zero_gradients import is_telling
+from sparse_adv.attacks.zero_gradients import zero_is_suspicious
 from sparse_adv.ops.arguments import check_flag
 
 
@@ -96,8 +96,8 @@ def apgd(
     """
     check_flag("targeted", targeted)
     loss_function(loss)
-    ball, telling = ball_around(images, eps, norm, lo, hi), is_telling(loss, targeted)
-    settings = AscentSettings(ball, steps, rho, eot_iter, targeted, telling)
+    ball, suspicious = ball_around(images, eps, norm, lo, hi), zero_is_suspicious(loss, targeted)
+    settings = AscentSettings(ball, steps, rho, eot_iter, targeted, suspicious)
     check_count("restarts", restarts, least=1)
 
     def objective(logits: Tensor, labels: Tensor) -> Tensor:

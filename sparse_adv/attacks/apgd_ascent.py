@@ -32,7 +32,7 @@ class AscentSettings:
     rho: float
     eot_iter: int
     targeted: bool
-    is_telling: bool = False
+    zero_is_suspicious: bool = False
     """Whether a gradient of 0 is worth a warning, see `zero_gradients`."""
 
     def __post_init__(self) -> None:
@@ -142,7 +142,7 @@ class Attacker:
         never = torch.zeros_like(zero, dtype=torch.bool)
         state = _State(index, clean, arguments, x, x, x, zero, x, x, zero, step, zero, zero, never)
         state, _ = self._evaluated(state, objective, with_gradient=True)
-        if self._settings.is_telling:
+        if self._settings.zero_is_suspicious:
             warn_if_zero(self._queries.attacked, state.gradient)
         return replace(
             state,

@@ -188,7 +188,7 @@ def _check_pixel_range(smallest: float, largest: float, lo: float, hi: float) ->
         return
     rounding = _ROUNDING * max(1.0, *(abs(bound) for bound in (lo, hi) if math.isfinite(bound)))
     if lo - rounding <= smallest and largest <= hi + rounding:
-        _tell_rounding(lo, hi)
+        _warn_of_rounding(lo, hi)
     else:
         raise ValueError(
             f"images must lie in [{lo:g}, {hi:g}], got values from {smallest:.7g} to {largest:.7g}: put the "
@@ -208,7 +208,7 @@ def _check_channels(images: Tensor, lo: float | Tensor, hi: float | Tensor) -> N
 
 
 @cache
-def _tell_rounding(lo: float, hi: float) -> None:
+def _warn_of_rounding(lo: float, hi: float) -> None:
     log.warning(
         "images leave [%g, %g] by no more than rounding (%g, times a bound above 1): changed images lie inside",
         *(lo, hi, _ROUNDING),

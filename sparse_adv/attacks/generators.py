@@ -17,7 +17,7 @@ def private_generator(generator: torch.Generator | None, images: Tensor) -> torc
     return torch.Generator(device).manual_seed(seed)
 
 
-def seeded(seed: int) -> torch.Generator:
+def seeded_generator(seed: int) -> torch.Generator:
     """A new generator with the user's seed."""
     check_integer("seed", seed)
     return torch.Generator().manual_seed(int(seed))

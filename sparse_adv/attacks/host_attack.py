@@ -11,7 +11,7 @@ from torch import Tensor
 from sparse_adv.argument_types import check_count
 from sparse_adv.attacks.as_module import Model
 from sparse_adv.attacks.base import Attack
-from sparse_adv.attacks.generators import seeded
+from sparse_adv.attacks.generators import seeded_generator
 from sparse_adv.attacks.options import BasicOptions, check_names
 
 
@@ -72,4 +72,4 @@ class SeededAttack(HostAttack):
     """Accepted, and without effect."""
 
     def _settings(self) -> dict[str, Any]:
-        return super()._settings() | {"restarts": self.n_restarts, "generator": seeded(self.seed)}
+        return super()._settings() | {"restarts": self.n_restarts, "generator": seeded_generator(self.seed)}

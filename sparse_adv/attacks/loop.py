@@ -18,7 +18,7 @@ from sparse_adv.attacks.losses import kl_divergence, loss_values, takes_classes
 from sparse_adv.attacks.modes import in_mode
 from sparse_adv.attacks.options import AttackOptions
 from sparse_adv.attacks.success import is_adversarial
-from sparse_adv.attacks.zero_gradients import is_telling, warn_if_zero
+from sparse_adv.attacks.zero_gradients import warn_if_zero, zero_is_suspicious
 
 
 @dataclass(eq=False)
@@ -108,10 +108,10 @@ class PGDLoop:
         compacts = options.early_stop and self._compacts(images)
         captures = options.graphs is not None and options.graphs.cache.captures_on(images.device)
         # No value can be read while a graph is captured.
-        telling = index is None and not captures and is_telling(options.loss, options.targeted)
+        warns_of_zero = index is None and not captures and zero_is_suspicious(options.loss, options.targeted)
         for step in range(options.steps):
             grad = gradients.gradient(adv, loss)
-            if step == 0 and telling:
+            if step == 0 and warns_of_zero:
                 warn_if_zero(self.model, grad)
             if compacts and fooled is not None and fooled.any():
                 result[robust[fooled]] = adv[fooled]

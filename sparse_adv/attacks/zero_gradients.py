@@ -13,11 +13,11 @@ from sparse_adv.attacks.losses import Loss, SmoothedCrossEntropy, cross_entropy,
 
 log = logging.getLogger(__name__)
 
-_told: WeakSet[object] = WeakSet()
+_warned: WeakSet[object] = WeakSet()
 """The models that were warned of; functions are kept by their code, other callables by their class."""
 
 
-def is_telling(loss: str | Loss, targeted: bool) -> bool:
+def zero_is_suspicious(loss: str | Loss, targeted: bool) -> bool:
     """Return whether a gradient of 0 shows that the attack cannot work, rather than that it has nothing left to gain.
 
     The gradient of "dlr" is also 0 for images whose label has the third highest logit. The gradient of the caller's own
@@ -32,17 +32,17 @@ def warn_if_zero(model: nn.Module, gradient: Tensor) -> None:
     On a GPU the gradient is not read: the host would wait for it, and a CUDA graph does not allow that.
 
     Args:
-        model: the model under attack, or the module around a function, see `checks.as_module`.
+        model: the model under attack, or the module around a function, see `as_module`.
         gradient: float tensor [N, ...], where the attack starts.
     """
     if not reads_at_once(gradient.device) or not len(gradient) or gradient[0].any() or gradient.any():
         return
-    told_of: object = model
+    model_or_code: object = model
     if isinstance(model, PlainFunction):
         # A lambda inside a loop is a new function in each turn, with the same code.
-        told_of = getattr(model.function[0], "__code__", type(model.function[0]))
-    if told_of not in _told:
-        _told.add(told_of)
+        model_or_code = getattr(model.function[0], "__code__", type(model.function[0]))
+    if model_or_code not in _warned:
+        _warned.add(model_or_code)
         log.warning(
             "the gradient of the loss is 0 for all images of a batch: the attack cannot move them, and they look "
             "robust. Either no path of weights is left from the images to the logits (leave small layers out of the "

@@ -8,7 +8,8 @@ from pathlib import Path
 from sparse_adv.commands.options import POSITIONAL, check_folder
 from sparse_adv.commands.output import Output
 from sparse_adv.json_files import to_json
-from sparse_adv.report import report, reportable
+from sparse_adv.report import reportable
+from sparse_adv.report.document import write_report
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Options:
 def run(options: Options) -> int:
     check_folder(options.out)
     runs = reportable(options.folders)
-    text = report([run.folder for run in runs], options.out, level=options.level)
+    text = write_report(runs, options.out, options.level)
     output = Output(options.json)
     if not output.as_json:
         output.line(text)

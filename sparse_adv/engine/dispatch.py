@@ -170,14 +170,14 @@ def _entry_of(model: nn.Module, x: Tensor) -> _Entry:
     def make() -> _Entry:
         entry = _make(model, x)
         if entry.reason:
-            _tell(model, entry.reason)
+            _log_reason(model, entry.reason)
         return entry
 
     entry = _entries.find(model, x, (padded_batch(len(x)), *x.shape[1:]), make)
     return _Entry(reason=entry) if isinstance(entry, str) else entry
 
 
-def _tell(model: nn.Module, reason: str) -> None:
+def _log_reason(model: nn.Module, reason: str) -> None:
     """Log why a model is left to autograd. If it has masks, which should make it fast, warn, but only once."""
     in_training = any(module.training for module in model.modules())  # as the caller asked
     is_warning = bool(masked_layers(model)) and not in_training and model not in _warned_of

@@ -61,7 +61,7 @@ class Convolution:
         """The weight with zeros where it is pruned; kernels that read only kept weights may skip this."""
         return torch.where(self.layer.weight_mask, weight, 0) if isinstance(self.layer, MaskedConv2d) else weight
 
-    def kernel(self, way: str) -> str:
+    def kernel(self, pass_: str) -> str:
         """Name of the kernel of a whole batch for "forward" or "grad_input"."""
         return "dense"
 

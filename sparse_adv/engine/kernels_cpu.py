@@ -99,8 +99,8 @@ class MaskedConvolution(Convolution):
 
     layer: MaskedConv2d
 
-    def kernel(self, way: str) -> str:
-        return str(getattr(self._plan(self.shape[0]), way).kernel)
+    def kernel(self, pass_: str) -> str:
+        return str(getattr(self._plan(self.shape[0]), pass_).kernel)
 
     def _plan(self, images: int) -> ops.Plan:
         x = self.kernels.empty(self.input_shape(images), self.layer.weight.device)
@@ -183,7 +183,7 @@ class DenseWinogradConvolution(WinogradConvolution):
         self.tile = tile
         super().__init__(layer, shape, kernels)
 
-    def kernel(self, way: str) -> str:
+    def kernel(self, pass_: str) -> str:
         return "Winograd"
 
     def _transformed(self, transposed: bool) -> tuple[Tensor]:
@@ -200,7 +200,7 @@ class MaskedWinogradConvolution(WinogradConvolution):
         self._filters = [live_filters(layer.pattern, transposed) for transposed in (False, True)]
         super().__init__(layer, shape, kernels)
 
-    def kernel(self, way: str) -> str:
+    def kernel(self, pass_: str) -> str:
         return "sparse Winograd"
 
     def masked(self, weight: Tensor) -> Tensor:

@@ -141,10 +141,10 @@ class BlockConvolution(CudnnConvolution):
         super().__init__(layer, shape, kernels)
         self._pattern = pattern
         planned = shape, kernels.dtype, *self.geometry
-        self._sparse = {way: runs_blocks(pattern, way, *planned) for way in ("forward", "grad_input")}
+        self._sparse = {pass_: runs_blocks(pattern, pass_, *planned) for pass_ in ("forward", "grad_input")}
 
-    def kernel(self, way: str) -> str:
-        return "sparse" if self._sparse[way] else super().kernel(way)
+    def kernel(self, pass_: str) -> str:
+        return "sparse" if self._sparse[pass_] else super().kernel(pass_)
 
     def fold(self, norm: FoldedNorm | None) -> None:
         super().fold(norm)

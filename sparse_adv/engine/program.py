@@ -68,7 +68,8 @@ class Program:
         self._hooked = [step for step in left if step.has_hooks]
         self._reads_features = self._in_loss = self._has_other_sizes = False
         capturer = None if self._hooked else kernels.capturer  # a replay would not run the hooks
-        self._captured = {} if capturer is None else {way: CapturedPasses(capturer) for way in (False, True)}
+        kinds = (False, True)  # of passes: with or without a gradient
+        self._captured = {} if capturer is None else {kind: CapturedPasses(capturer) for kind in kinds}
 
     def fold(self) -> None:
         """Read masks, weights and the statistics of BatchNorm again, which may have changed."""

@@ -148,7 +148,7 @@ class ConvolutionStep(FusedStep):
 
     def kernel_names(self) -> str:
         """Name of the kernel that computes it, or both names if the passes have different kernels."""
-        forward, backward = (self._convolution.kernel(way) for way in ("forward", "grad_input"))
+        forward, backward = (self._convolution.kernel(pass_) for pass_ in ("forward", "grad_input"))
         return forward if forward == backward else f"{forward}, backward {backward}"
 
     def _parts(self) -> list[str]:

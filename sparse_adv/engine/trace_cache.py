@@ -59,7 +59,7 @@ class _History:
     """What changes; set once a warning has named it."""
     demand: dict[Hashable, _Demand] = field(default_factory=dict)
     """Calls by the kind of input, since the last change."""
-    told_of_inputs: bool = False
+    warned_of_inputs: bool = False
     """Whether a warning has said that the inputs are of too many kinds."""
 
     def add(self, structure: Hashable, contents: Contents) -> None:
@@ -126,9 +126,9 @@ class TraceCache(Generic[T]):
             return history.reason
         if demand.is_too_rare:
             reason = f"its inputs are of more than {self._made.capacity} shapes in turn"
-            if not history.told_of_inputs:
+            if not history.warned_of_inputs:
                 log.warning("the engine leaves some calls of this %s to autograd: %s", type(model).__name__, reason)
-            history.told_of_inputs = True
+            history.warned_of_inputs = True
             return reason
         try:
             made = self._made.find(model, lambda: state_of(model, x, shape), make)

@@ -76,7 +76,7 @@ def _momentum(norm: nn.BatchNorm2d) -> float:
     return 0.0 if norm.num_batches_tracked is None else 1 / float(norm.num_batches_tracked)
 
 
-class NormAct:
+class BatchNormAct:
     """act(batch_norm(x) + residual) with the statistics of the batch, which are added to `statistics`."""
 
     def __init__(self, norm: nn.BatchNorm2d, relu: bool) -> None:
@@ -111,7 +111,7 @@ class DropoutInOrder:
 
 
 class TrainingGraph(nn.Module):
-    """Runs the operations of a model, with its own modules and their hooks, and each BatchNorm as `NormAct`.
+    """Runs the operations of a model, with its own modules and their hooks, and each BatchNorm as `BatchNormAct`.
 
     The model's modules are not registered here, so parameters(), train() and state_dict() of this module are empty or
     without effect: call the model's.
@@ -150,7 +150,7 @@ class TrainingGraph(nn.Module):
         statistics = RunningStatistics()
         for node, operation, read_last in self._operations:
             args, kwargs = fx.map_arg((node.args, node.kwargs), results.__getitem__)
-            if isinstance(operation, NormAct):
+            if isinstance(operation, BatchNormAct):
                 kwargs = {"statistics": statistics}
             if isinstance(operation, DropoutInOrder) and not is_reordered:
                 operation = operation.dropout
@@ -238,7 +238,7 @@ def _make(model: nn.Module, x: Tensor) -> TrainingGraph | str:
 
 
 def _fuse(model: nn.Module, graph: fx.Graph) -> Iterator[str]:
-    """Replace each BatchNorm, with the addition and the ReLU that follow it, by a call of `NormAct`."""
+    """Replace each BatchNorm, with the addition and the ReLU that follow it, by a call of `BatchNormAct`."""
     calls = [node.target for node in graph.nodes if node.op == "call_module"]
     for node in list(graph.nodes):
         norm = module_of(model, node)
@@ -259,7 +259,7 @@ def _fuse(model: nn.Module, graph: fx.Graph) -> Iterator[str]:
             parts.append("ReLU")
         with graph.inserting_after(fused[-1]):
             act = graph.create_node(
-                "call_function", NormAct(norm, has_relu), (node.args[0], residual), name=f"{node.name}_act"
+                "call_function", BatchNormAct(norm, has_relu), (node.args[0], residual), name=f"{node.name}_act"
             )
         fused[-1].replace_all_uses_with(act)
         for replaced in reversed(fused):  # readers first

@@ -33,7 +33,7 @@ _BYTES_IN_ROW = 128  # of a tile of channels_last images: a cache line
 _SUMMED = 8192  # least number of elements that a program sums
 _PROGRAMS = 512  # for sums of large images: a large GPU runs all of them at once, and their partial sums are few
 _ADDENDS = 256  # that a thread adds in the dtype of the arithmetic; then the sums continue in float64
-_FOLDED = {"BLOCK_C": 8, "BLOCK_SPLITS": 256}  # channels and programs whose partial sums form a tile
+_ADDED = {"BLOCK_C": 8, "BLOCK_SPLITS": 256}  # channels and programs whose partial sums form a tile
 
 
 class _Tiles(NamedTuple):
@@ -111,8 +111,8 @@ def forward(
     step = 1 if tiles.CHANNELS_LAST else math.prod(input.shape[2:])
     with torch.cuda.device_of(input):
         partial = _partial_sums(tiles, input, None, None, None, mean.dtype)
-        statistics_kernel[(triton.cdiv(channels, _FOLDED["BLOCK_C"]),)](
-            partial, input, mean, var, len(partial), channels, step, share, **_FOLDED
+        statistics_kernel[(triton.cdiv(channels, _ADDED["BLOCK_C"]),)](
+            partial, input, mean, var, len(partial), channels, step, share, **_ADDED
         )
         forward_kernel[tiles.programs(tiles.BLOCK_M)](
             *(input, residual, weight, bias, mean, var, eps, out, gate), **tiles._asdict(), **_OPTIONS
@@ -145,8 +145,8 @@ def backward(
     channels, share = input.shape[1], input.shape[1] / input.numel()
     with torch.cuda.device_of(input):
         partial = _partial_sums(tiles, input, grad, gate, mean, mean.dtype)
-        grad_vectors_kernel[(triton.cdiv(channels, _FOLDED["BLOCK_C"]),)](
-            partial, var, grad_weight, grad_bias, len(partial), channels, eps, **_FOLDED
+        grad_vectors_kernel[(triton.cdiv(channels, _ADDED["BLOCK_C"]),)](
+            partial, var, grad_weight, grad_bias, len(partial), channels, eps, **_ADDED
         )
         vectors = weight, mean, var, grad_weight, grad_bias
         backward_kernel[tiles.programs(tiles.BLOCK_M)](
@@ -218,7 +218,7 @@ def sums_kernel(
 
 
 @triton.jit
-def folded(partial, c, splits, channels, BLOCK_C: tl.constexpr, BLOCK_SPLITS: tl.constexpr):
+def added_partials(partial, c, splits, channels, BLOCK_C: tl.constexpr, BLOCK_SPLITS: tl.constexpr):
     """The two sums of each channel, in float64."""
     firsts = tl.zeros([BLOCK_SPLITS, BLOCK_C], tl.float64)
     seconds = tl.zeros([BLOCK_SPLITS, BLOCK_C], tl.float64)
@@ -246,7 +246,7 @@ def statistics_kernel(
 ):
     """Mean and biased variance of a few channels."""
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    first, second = folded(partial, c, splits, channels, BLOCK_C, BLOCK_SPLITS)
+    first, second = added_partials(partial, c, splits, channels, BLOCK_C, BLOCK_SPLITS)
     shift = tl.load(input + c.to(tl.int64) * step, c < channels, 0).to(tl.float64)
     from_shift = first * share
     variance = second * share - from_shift * from_shift
@@ -268,7 +268,7 @@ def grad_vectors_kernel(
 ):
     """The gradients of weight and bias of a few channels."""
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    first, second = folded(partial, c, splits, channels, BLOCK_C, BLOCK_SPLITS)
+    first, second = added_partials(partial, c, splits, channels, BLOCK_C, BLOCK_SPLITS)
     deviation = tl.sqrt(tl.load(var + c, c < channels, 1).to(tl.float64) + eps)
     tl.store(grad_weight + c, (second / deviation).to(grad_weight.dtype.element_ty), c < channels)
     tl.store(grad_bias + c, first.to(grad_bias.dtype.element_ty), c < channels)

@@ -55,7 +55,7 @@ def _step_into(
     if out.numel() == 0:
         return
     moved = out if _has_contiguous_images(out) else torch.empty(out.shape, dtype=out.dtype, device=out.device)
-    tensors = [_like(moved, tensor) for tensor in (adv, grad, clean)]
+    tensors = [_with_strides_of(moved, tensor) for tensor in (adv, grad, clean)]
     sizes = (alpha, eps, lo, hi)
     with torch.cuda.device_of(out):
         if not l2:
@@ -85,11 +85,11 @@ def _has_contiguous_images(images: Tensor) -> bool:
     return images.dim() == 0 or images.shape[0] == 1 or images.shape[0] * images.stride(0) == images.numel()
 
 
-def _like(model: Tensor, tensor: Tensor) -> Tensor:
-    """The tensor if it has the strides of `model`, else a copy with these strides."""
-    if all(a == b or size == 1 for a, b, size in zip(tensor.stride(), model.stride(), model.shape, strict=True)):
+def _with_strides_of(like: Tensor, tensor: Tensor) -> Tensor:
+    """The tensor if it has the strides of `like`, else a copy with these strides."""
+    if all(a == b or size == 1 for a, b, size in zip(tensor.stride(), like.stride(), like.shape, strict=True)):
         return tensor
-    return torch.empty_like(model, dtype=tensor.dtype).copy_(tensor)
+    return torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
 
 
 @triton.jit

@@ -190,7 +190,7 @@ class Candidates:
         for name, layer in candidates.items():
             with naming(name):
                 check_whole(layer)
-        others = _tell_others(model, candidates)
+        others = _log_unprunable(model, candidates)
         for name, layer in candidates.items():
             check_initialized(name, layer)
         weights = {name: weight_of(layer).detach() for name, layer in candidates.items() if name not in others}
@@ -198,7 +198,7 @@ class Candidates:
         shapes = {name: weights[name].shape for name in dict.fromkeys(owner.values())}
         function = score if callable(score) else _SCORES[score]
         if not linear:
-            _tell_share(shapes, [layer for layer in maskable(model).values() if layer not in excluded])
+            _warn_of_small_share(shapes, [layer for layer in maskable(model).values() if layer not in excluded])
         return cls(weights, owner, shapes, targets_of(shapes, float(density), scope), function)
 
     def scores(self, name: str) -> Tensor:
@@ -222,7 +222,7 @@ class Candidates:
         return scores
 
 
-def _tell_others(model: nn.Module, candidates: Mapping[str, Layer]) -> set[str]:
+def _log_unprunable(model: nn.Module, candidates: Mapping[str, Layer]) -> set[str]:
     """Return the candidates that `sparsify` refuses; log their names and the names of convolutions of other kinds."""
     own_forward = [name for name, layer in candidates.items() if not computes_as_its_class(layer)]
     computed = [name for name, layer in candidates.items() if not has_own_parameters(layer) and name not in own_forward]
@@ -243,7 +243,7 @@ def _can_be_masked(layer: Layer) -> bool:
     return computes_as_its_class(layer) and has_own_parameters(layer)
 
 
-def _tell_share(shapes: Mapping[str, torch.Size], layers: Sequence[Layer]) -> None:
+def _warn_of_small_share(shapes: Mapping[str, torch.Size], layers: Sequence[Layer]) -> None:
     """Log a warning if the ranked weights are less than half of those that `linear=True` would rank."""
     known = [layer for layer in layers if _can_be_masked(layer) and not is_uninitialized(layer)]
     total = sum({id(layer.weight): layer.weight.numel() for layer in known}.values())

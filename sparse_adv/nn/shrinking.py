@@ -111,7 +111,7 @@ def shrink(
         for group, channels in changing.items():
             _cut(small, group, channels, own_masks, constants)
         check_same_function(whole, small, example_input, "removing channels")
-    _tell_stuck(sum(_stuck(small, group, own_masks, constants) for group in _free(traced)), pruned)
+    _warn_of_kept_channels(sum(_stuck(small, group, own_masks, constants) for group in _free(traced)), pruned)
     partly_pruned = {name: mask for name, mask in own_masks.items() if not mask.all()}
     after = _widths(traced.groups, small)
     retained = {name: count for name, count in constants.counts().items() if count}
@@ -258,7 +258,7 @@ def _stuck(model: nn.Module, group: DependencyGroup, masks: Mapping[str, Tensor]
     return int(stuck.sum())
 
 
-def _tell_stuck(stuck: int, pruned: int) -> None:
+def _warn_of_kept_channels(stuck: int, pruned: int) -> None:
     if stuck > _MANY * pruned:
         log.warning(
             "shrink keeps %d channels (the masks prune %d filters) that are a constant other than 0, the bias of a "

@@ -66,7 +66,7 @@ def _load_cuda_ops(torch_cuda: str | None) -> str:
     return ""
 
 
-_no_cuda_ops = _load_cuda_ops(torch.version.cuda)
+_why_no_cuda_ops = _load_cuda_ops(torch.version.cuda)
 IMPLEMENTATIONS = torch.library.Library("sparse_adv", "IMPL")
 """The library that implementations in Python are registered with."""
 
@@ -75,7 +75,7 @@ def cuda_stand_in(op: str) -> Callable[[Callable[..., object]], None]:
     """Decorate a function that implements an op on CUDA where the CUDA ops could not be loaded."""
 
     def register(function: Callable[..., object]) -> None:
-        if _no_cuda_ops:
+        if _why_no_cuda_ops:
             IMPLEMENTATIONS.impl(op, function, "CUDA")
 
     return register
@@ -91,14 +91,14 @@ def cuda_ops() -> str:
         >>> cuda_ops().startswith(("CUDA C++", "Triton kernels"))
         True
     """
-    if _no_cuda_ops:
-        return f"Triton kernels (no CUDA C++: {_no_cuda_ops})"
+    if _why_no_cuda_ops:
+        return f"Triton kernels (no CUDA C++: {_why_no_cuda_ops})"
     return f"CUDA C++ ({host.cuda}, for {host.cuda_archs})"
 
 
 def check_capability(device: torch.device) -> None:
     """Raises RuntimeError if this is a GPU that the CUDA ops were not built for."""
-    if device.type == "cuda" and not _no_cuda_ops and not torch.compiler.is_compiling():
+    if device.type == "cuda" and not _why_no_cuda_ops and not torch.compiler.is_compiling():
         _check_capability(torch.cuda.current_device() if device.index is None else device.index)
 
 

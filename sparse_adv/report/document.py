@@ -108,7 +108,11 @@ def report(folders: Sequence[Path | str], out: Path | str, *, level: float | Non
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"{out} is a file: a report needs a folder")
-    runs = reportable(folders)
+    return write_report(reportable(folders), out, level)
+
+
+def write_report(runs: Sequence[Run], out: Path, level: float | None) -> str:
+    """Write the files of `report` on runs that `reportable` has read, and return the text of `report.md`."""
     differences = measures.differences(runs)
     time_to = tables.time_to(runs, level)
     plots = {

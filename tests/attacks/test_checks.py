@@ -180,7 +180,7 @@ def test_pixels_may_leave_the_range_by_rounding(value, accepted, caplog):
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3)).eval()
     images, labels = torch.rand(4, 1, 4, 4), torch.tensor([0, 1, 2, 0])
     images[0, 0, 0, 0] = value
-    checks._tell_rounding.cache_clear()
+    checks._warn_of_rounding.cache_clear()
     with nullcontext() if accepted else pytest.raises(ValueError, match=r"images must lie in \[0, 1\]"):
         for _ in range(2):
             adv = pgd(model, images, labels, eps=0.1, alpha=0.05, steps=2)

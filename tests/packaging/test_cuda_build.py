@@ -83,7 +83,7 @@ def test_a_gpu_that_the_ops_were_not_built_for_is_told(monkeypatch):
 
 
 def test_what_computes_on_cuda_is_said():
-    expected = "Triton kernels" if _library._no_cuda_ops else "CUDA C++"
+    expected = "Triton kernels" if _library._why_no_cuda_ops else "CUDA C++"
     assert cuda_ops().startswith(expected)
 
 
