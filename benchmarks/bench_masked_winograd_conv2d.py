@@ -42,8 +42,8 @@ def case(shape: tuple[int, int, int, int], pass_: str, block: tuple[int, int, in
     images, last = torch.empty_like(x), x.contiguous(memory_format=torch.channels_last)
     out, dense_out = torch.empty_like(x), torch.empty_like(last)
     pattern = ops.set_kernels(ops.pack_pattern(ops.compile_pattern(mask, block), weight), "sparse", "sparse")
-    live = ops.masked_winograd_conv2d_weight(weight, pattern, transposed)
-    transformed = ops.winograd_conv2d_weight(weight, 4, transposed)
+    live = ops.masked_winograd_conv2d_weight(weight, pattern, transposed=transposed)
+    transformed = ops.winograd_conv2d_weight(weight, tile=4, transposed=transposed)
     direct = ops.masked_conv2d_grad_input_out if transposed else ops.masked_conv2d_out
 
     def into(result: torch.Tensor, function: Side) -> Side:

@@ -51,7 +51,10 @@ def case(shape: tuple[int, int, int, int], pass_: str, tile: int | None = None) 
         sides = {"ours": lambda: operators.winograd_conv2d_grad_weight(grad, x, (1, 1), tile)}
     else:
         transposed = pass_ == "grad_input"
-        images, transformed = grad if transposed else x, ops.winograd_conv2d_weight(weight, tile, transposed)
+        images, transformed = (
+            grad if transposed else x,
+            ops.winograd_conv2d_weight(weight, tile=tile, transposed=transposed),
+        )
 
         def engine() -> torch.Tensor:
             ops.winograd_conv2d_out(images, transformed, out=out)

@@ -197,7 +197,7 @@ def _winograd_conv2d(tile: int) -> float:
     expected = results(torch.nn.functional.conv2d)
     images = x.to(memory_format=torch.channels_last)
     y, grad, gate = torch.empty_like(images), torch.empty_like(images), ops.empty_gate(images)
-    transformed = (ops.winograd_conv2d_weight(weight, tile, transposed) for transposed in (False, True))
+    transformed = (ops.winograd_conv2d_weight(weight, tile=tile, transposed=transposed) for transposed in (False, True))
     ops.winograd_conv2d_out(images, next(transformed), bias=bias, residual=images, relu=True, out=y, gate_out=gate)
     ops.winograd_conv2d_out(images, next(transformed), gate=gate, out=grad)
     rectified = (expected[0] + x).relu()
@@ -215,7 +215,9 @@ def _masked_winograd_conv2d(oc_block: int) -> float:
     expected = [torch.nn.functional.conv2d(x, weight * mask, bias, padding=1).add(x).relu()]
     expected.append(torch.nn.functional.conv_transpose2d(x, weight * mask, padding=1).where(expected[0] > 0, 0))
     y, grad, gate = torch.empty_like(x), torch.empty_like(x), ops.empty_gate(x)
-    forward, backward = (ops.masked_winograd_conv2d_weight(weight, pattern, transposed) for transposed in (False, True))
+    forward, backward = (
+        ops.masked_winograd_conv2d_weight(weight, pattern, transposed=transposed) for transposed in (False, True)
+    )
     ops.masked_winograd_conv2d_out(x, forward, bias, residual=x, relu=True, out=y, gate_out=gate)
     ops.masked_winograd_conv2d_out(x, backward, gate=gate, out=grad)
     return _difference([y, grad], expected)

@@ -74,8 +74,8 @@ class BIM(PGD):
     def __init__(
         self,
         model: Model,
-        eps: float = 8 / 255,
-        alpha: float = 2 / 255,
+        eps: float | Tensor = 8 / 255,
+        alpha: float | Tensor = 2 / 255,
         steps: int = 10,
         *,
         norm: str = "linf",

@@ -18,6 +18,7 @@ from sparse_adv.ops.arguments import check_flags, check_number
 from sparse_adv.ops.random_start import as_philox_state
 
 BN_MODES = ("eval", "train", "batch")
+"""The modes of BatchNorm layers during an attack, see `pgd`."""
 
 
 class BasicOptions(TypedDict, total=False):

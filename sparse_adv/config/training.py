@@ -23,6 +23,7 @@ Norm = Literal["linf", "l2"]
 Precision = Literal["float32", "bfloat16", "float16"]
 
 OBJECTIVES: tuple[str, ...] = get_args(Objective)
+"""The names of the training objectives."""
 SCHEDULES: tuple[str, ...] = get_args(LearningRateSchedule)
 NORMS: tuple[str, ...] = get_args(Norm)
 PRECISIONS: tuple[str, ...] = get_args(Precision)

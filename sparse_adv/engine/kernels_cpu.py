@@ -187,7 +187,7 @@ class DenseWinogradConvolution(WinogradConvolution):
         return "Winograd"
 
     def _transformed(self, transposed: bool) -> tuple[Tensor]:
-        return (ops.winograd_conv2d_weight(self.weight, self.tile, transposed=transposed),)
+        return (ops.winograd_conv2d_weight(self.weight, tile=self.tile, transposed=transposed),)
 
 
 class MaskedWinogradConvolution(WinogradConvolution):

@@ -39,6 +39,7 @@ class Kernels(NamedTuple):
 
 
 PASSES = Kernels._fields
+"""The passes of a convolution: forward, grad_input and grad_weight."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -82,7 +82,7 @@ def live_filters(pattern: Pattern, transposed: bool = False) -> LiveFilters:
     return LiveFilters(offsets.int(), rows.nonzero()[:, 1].int(), oc_block)
 
 
-def masked_winograd_conv2d_weight(weight: Tensor, pattern: Pattern, transposed: bool = False) -> LiveWeight:
+def masked_winograd_conv2d_weight(weight: Tensor, pattern: Pattern, *, transposed: bool = False) -> LiveWeight:
     """Transform the live filters of a masked 3 x 3 convolution for `masked_winograd_conv2d_out`.
 
     u = G (w * mask) G^T for each filter in which the mask keeps weights, with the source's matrix G for tiles of 4 x 4

@@ -68,7 +68,7 @@ def winograd_conv2d(
     return torch.ops.sparse_adv.winograd_conv2d(input, weight, bias, zeros, tile, False)
 
 
-def winograd_conv2d_weight(weight: Tensor, tile: int = 4, transposed: bool = False) -> Tensor:
+def winograd_conv2d_weight(weight: Tensor, *, tile: int = 4, transposed: bool = False) -> Tensor:
     """Transform the weights of a 3 x 3 convolution for `winograd_conv2d_out`.
 
     u = G w G^T for each pair of channels, with the source's matrix G. The result is (tile + 2)^2 / 9 times as large as

@@ -172,7 +172,7 @@ def _winograd_results(before: Arguments, after: Arguments, weight: Tensor) -> Re
 
 def winograd_conv2d_out(rng: random.Random) -> Call:
     arguments, weight = _winograd_out(rng, "channels_last")
-    arguments["weight"] = ops.winograd_conv2d_weight(weight, rng.choice((2, 4)))
+    arguments["weight"] = ops.winograd_conv2d_weight(weight, tile=rng.choice((2, 4)))
 
     def results(before: Arguments, after: Arguments, _: Any) -> Results:
         return _winograd_results(before, after, weight)

@@ -41,7 +41,7 @@ def exact(x, weight, mask, bias=None, padding=1):
 
 
 def convolve(x, weight, pattern, bias=None, padding=(1, 1), transposed=False, **epilogue):
-    live = ops.masked_winograd_conv2d_weight(weight, pattern, transposed)
+    live = ops.masked_winograd_conv2d_weight(weight, pattern, transposed=transposed)
     rows, cols = (size + 2 * zeros - 2 for size, zeros in zip(x.shape[2:], padding, strict=True))
     out = torch.full((len(x), weight.shape[1 if transposed else 0], rows, cols), math.nan)
     ops.masked_winograd_conv2d_out(x, live, bias, padding, out=out, **epilogue)
@@ -125,8 +125,10 @@ def test_pruned_entries_are_not_read(transposed):
 def test_weights_in_any_layout(layout):
     _, weight, _, pattern = operands((8, 8))
     for transposed in (False, True):
-        expected = ops.masked_winograd_conv2d_weight(weight, pattern, transposed)
-        assert_equal(ops.masked_winograd_conv2d_weight(LAYOUTS[layout](weight), pattern, transposed), expected)
+        expected = ops.masked_winograd_conv2d_weight(weight, pattern, transposed=transposed)
+        assert_equal(
+            ops.masked_winograd_conv2d_weight(LAYOUTS[layout](weight), pattern, transposed=transposed), expected
+        )
 
 
 def test_results_depend_neither_on_the_threads_nor_on_the_other_images():

@@ -90,7 +90,7 @@ def test_epilogues_equal_the_reference(batch, channels, size, padding, tile, ope
         sums, residual=None if residual is None else residual.double(), relu=relu, gate=passes
     )
     winograd_conv2d_out(
-        *(x, winograd_conv2d_weight(weight, tile), bias, padding),
+        *(x, winograd_conv2d_weight(weight, tile=tile), bias, padding),
         **{"residual": residual, "relu": relu, "gate": gate, "out": out, "gate_out": gate_out},
     )
     assert_close(out, expected)
@@ -112,7 +112,7 @@ def test_padding_is_told_as_to_conv2d(padding):
 def test_the_transposed_weights_give_the_gradient_of_the_input(tile):
     x, weight = channels_last(2, 5, 6, 7), torch.randn(9, 5, 3, 3)
     grad, out = channels_last(2, 9, 8, 5), torch.empty_like(x)
-    winograd_conv2d_out(grad, winograd_conv2d_weight(weight, tile, transposed=True), padding=(0, 2), out=out)
+    winograd_conv2d_out(grad, winograd_conv2d_weight(weight, tile=tile, transposed=True), padding=(0, 2), out=out)
     assert_close(out, reference.masked_conv2d_grad_input(grad, weight, weight == weight, x.shape, 1, (2, 0)))
 
 
@@ -189,7 +189,7 @@ def test_a_nan_reaches_at_most_its_tile_and_never_vanishes():
 @pytest.mark.parametrize("tile", TILES)
 def test_opcheck(tile):
     x, weight, bias = channels_last(2, 3, 4, 6), torch.randn(5, 3, 3, 3), torch.randn(5)
-    operators, transformed = torch.ops.sparse_adv, winograd_conv2d_weight(weight, tile)
+    operators, transformed = torch.ops.sparse_adv, winograd_conv2d_weight(weight, tile=tile)
     leaves = tuple(tensor.requires_grad_() for tensor in (x.clone(), weight, bias))
     torch.library.opcheck(operators.winograd_conv2d, (*leaves, [1, 2], tile, False))
     torch.library.opcheck(operators.winograd_conv2d, (channels_last(2, 5, 4, 6), weight, None, [1, 0], tile, True))

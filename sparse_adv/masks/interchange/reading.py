@@ -44,7 +44,7 @@ _LISTED_LAYERS = (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.BatchNorm1d)
 
 @checks_types
 def from_state_dict(
-    state_dict: Mapping[str, Any], format: str | None = None, density: GivenDensity = None, dense: bool = False
+    state_dict: Mapping[str, Any], *, density: GivenDensity = None, format: str | None = None, dense: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Divide a pruned model's state dict, or a checkpoint that contains it, into masks and a dense state dict.
 
@@ -52,7 +52,7 @@ def from_state_dict(
         state_dict: tensors by name, or a checkpoint that has them under "state_dict", "model_state_dict", "net" or
             "model", or as its only dict of tensors. The prefixes "module.", "model." and "_orig_mod." are removed if
             all names have them. Values that are not tensors are ignored.
-        format, density, dense: as in `load_pruned`.
+        density, format, dense: as in `load_pruned`.
 
     Returns:
         The masks of all weights of two or four dimensions, keyed by module name; and the state dict for the dense model
