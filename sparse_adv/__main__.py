@@ -58,10 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # not all terminals can show all names
     given = _parser().parse_args(arguments)
-    level = logging.WARNING if distributed.launched_rank() else logging.INFO
-    logging.basicConfig(format="%(message)s", level=logging.DEBUG if given.verbose else level)
-    logging.getLogger("matplotlib").setLevel(logging.WARNING)
     try:
+        level = logging.WARNING if distributed.launched_rank() else logging.INFO
+        logging.basicConfig(format="%(message)s", level=logging.DEBUG if given.verbose else level)
+        logging.getLogger("matplotlib").setLevel(logging.WARNING)
         return _run(given.command, given.arguments)
     except TicketInvariantError:
         raise  # a defect of the library, not wrong input: the bug report needs the traceback
@@ -127,7 +127,7 @@ def _turn_sigterm_into_an_error(on: bool) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise ConnectionError(f"rank {distributed.launched_rank()} was ended: another process of the run was lost")
 
-    if "WORLD_SIZE" in os.environ:
+    if os.environ.get("WORLD_SIZE"):
         signal.signal(signal.SIGTERM, end if on else signal.SIG_IGN)
 
 

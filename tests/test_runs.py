@@ -51,6 +51,14 @@ def test_a_run_notes_software_and_machine(tmp_path):
     assert info["software"]["torch"] and info["machine"]["cores"] >= 1
 
 
+@pytest.mark.parametrize("name", [runs.STATE, runs.EPOCHS, runs.TICKET])
+def test_files_of_a_run_without_its_settings_are_given_no_others(tmp_path, name):
+    (tmp_path / name).touch()
+    with pytest.raises(FileNotFoundError, match=rf"has {name}, but not the run.json of its run: put that file back"):
+        runs.begin(tmp_path, INFO)
+    assert not (tmp_path / runs.INFO).exists()
+
+
 def test_a_folder_accepts_a_run_with_the_same_settings_only(tmp_path):
     runs.begin(tmp_path, INFO)
     (tmp_path / runs.STATE).touch()

@@ -9,6 +9,7 @@ from sparse_adv import demo
 from sparse_adv.argument_types import check_count
 from sparse_adv.commands.options import AFTER_A_STOP, check_folder
 from sparse_adv.memory import keep_freed_memory
+from sparse_adv.training import distributed
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class Options:
 
 
 def run(options: Options) -> int:
+    if distributed.launched_processes() > 1:
+        raise ValueError(f"demo runs in one process, got {distributed.launched_processes()}")
     check_folder(options.out)
     keep_freed_memory()
     print(

@@ -231,8 +231,11 @@ def write_config(folder: Path, options: DataclassInstance) -> None:
 
 
 def check_config(folder: Path) -> None:
-    """Raise NotADirectoryError if --out is a file, and ValueError if it holds the user's own config.yaml and no run."""
+    """Raise NotADirectoryError if --out is a file, FileNotFoundError if it holds a run that has lost its settings, and
+    ValueError if it holds the user's own config.yaml and no run.
+    """
     check_folder(folder)
+    runs.check_info(folder)
     path = folder / runs.CONFIG
     if path.exists() and not (folder / runs.INFO).exists():
         raise ValueError(f"{path} would be replaced by the one that the run writes: rename it, or take another --out")

@@ -80,7 +80,8 @@ def begin(folder: Path | str, info: RunInfo) -> None:
         ValueError: if the folder holds a run with other settings, naming the first three that differ, or a run of
             another version of this library.
         NotADirectoryError: if `folder` is a file.
-        FileNotFoundError: if the run is to be extended and has lost its state, see `check_state`.
+        FileNotFoundError: if the run has lost its settings, see `check_info`, or is to be extended and has lost its
+            state, see `check_state`.
 
     Examples:
         >>> import tempfile
@@ -91,6 +92,7 @@ def begin(folder: Path | str, info: RunInfo) -> None:
     folder = Path(folder)
     path = folder / INFO
     if not path.exists():
+        check_info(folder)
         json_files.write(path, info)
         return
     begun = json_files.read(RunInfo, path)
@@ -144,6 +146,25 @@ def resume(folder: Path | str, info: RunInfo) -> None:
             (folder / RESULT).rename(folder / _earlier_result(epochs))
     if now != begun:
         json_files.write(folder / INFO, now)
+
+
+@checks_types
+def check_info(folder: Path | str) -> None:
+    """Check that a folder with files of a run also has `run.json`.
+
+    Raises:
+        FileNotFoundError: if it has not: new settings would be taken for those of the files.
+
+    Examples:
+        >>> import tempfile
+        >>> check_info(Path(tempfile.mkdtemp()))  # no files
+    """
+    folder = Path(folder)
+    written = next((name for name in sorted(_PROGRESS) if (folder / name).exists()), None)
+    if written is not None and not (folder / INFO).exists():
+        raise FileNotFoundError(
+            f"{folder} has {written}, but not the {INFO} of its run: put that file back, or take another folder"
+        )
 
 
 @checks_types

@@ -33,6 +33,11 @@ def launched_rank() -> int:
     return _launched("RANK", 0)
 
 
+def launched_processes() -> int:
+    """Return the number of processes that torchrun has started; 1 without torchrun. It needs no process group."""
+    return _launched("WORLD_SIZE", 1)
+
+
 def world_size() -> int:
     """Return the number of processes that train together.
 
@@ -67,9 +72,10 @@ def group(device: torch.device | str = "auto") -> Iterator[torch.device]:
     own, backend = _placed(str(device))
     if own.type == "cuda":
         torch.cuda.set_device(own)
-    if "WORLD_SIZE" not in os.environ or dist.is_initialized():
+    if not os.environ.get("WORLD_SIZE") or dist.is_initialized():
         yield own
         return
+    launched_rank(), launched_processes()  # else PyTorch's error names neither variable nor value
     dist.init_process_group(backend)
     try:
         yield own
@@ -106,7 +112,7 @@ def _placed(name: str) -> tuple[torch.device, str]:
         if device.index >= gpus:
             raise ValueError(f"device {name!r} is not available: this torch has {there}, numbered from 0")
         # The choice is the same on all machines: processes with different backends would wait for each other for ever.
-        shared = _launched("WORLD_SIZE", 1) > _launched("GROUP_WORLD_SIZE", 1)
+        shared = launched_processes() > _launched("GROUP_WORLD_SIZE", 1)
         return device, "gloo" if shared else "nccl"
     processes = _launched("LOCAL_WORLD_SIZE", 1)
     if processes > gpus:
@@ -119,7 +125,10 @@ def _placed(name: str) -> tuple[torch.device, str]:
 
 def _launched(name: str, otherwise: int) -> int:
     """A number from the environment that torchrun gave this process."""
-    return int(os.environ.get(name, otherwise))
+    value = os.environ.get(name) or str(otherwise)
+    if not value.isdecimal():
+        raise ValueError(f"the environment variable {name} must be a number, as torchrun sets it, got {value!r}")
+    return int(value)
 
 
 def _free_frames(error: BaseException) -> None:

@@ -169,6 +169,26 @@ def test_the_demo_refuses_impossible_numbers(few_digits, tmp_path, capsys, argum
     assert not (tmp_path / "report.md").exists()
 
 
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"RANK": "x"}, "the environment variable RANK must be a number, as torchrun sets it, got 'x'"),
+        ({"RANK": "0", "WORLD_SIZE": "two"}, "WORLD_SIZE must be a number, as torchrun sets it, got 'two'"),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, "demo runs in one process, got 2"),
+    ],
+)
+def test_the_demo_names_what_is_wrong_with_the_processes(monkeypatch, capsys, tmp_path, variables, said):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert said in refused(capsys, "demo", "--out", str(tmp_path / "demo"))
+
+
+def test_variables_of_the_environment_that_are_empty_do_not_count(monkeypatch, tmp_path, capsys):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "")
+    assert "--epochs must" in refused(capsys, "demo", "--out", str(tmp_path / "demo"), "--epochs", "0")
+
+
 def test_a_folder_that_cannot_be_made_is_named(few_digits, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert "file" in refused(capsys, "demo", "--out", str(tmp_path / "file" / "demo"))

@@ -307,8 +307,8 @@ def test_a_demo_is_given_every_setting(reach, tmp_path):
 
 def test_a_report_is_given_every_setting(reach, tmp_path):
     folders = [make(tmp_path / name) for name in ("a", "b")]
-    asked = reach(report, "report", "report", *map(str, folders), "--out", str(tmp_path), "--level", "0.25")
-    assert asked["folders"] == folders and (asked["out"], asked["level"]) == (tmp_path, 0.25)
+    asked = reach(report, "write_report", "report", *map(str, folders), "--out", str(tmp_path), "--level", "0.25")
+    assert [run.folder for run in asked["runs"]] == folders and (asked["out"], asked["level"]) == (tmp_path, 0.25)
 
 
 def test_a_conversion_is_given_every_setting(reach, checkpoint, tmp_path):

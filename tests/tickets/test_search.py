@@ -20,7 +20,7 @@ from helpers.small_runs import (
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from sparse_adv import masks, runs, tickets, training
+from sparse_adv import json_files, masks, runs, tickets, training
 from sparse_adv.nn import MaskedConv2d, mac_density, sparsify
 from sparse_adv.runs import Cost, Density, SearchResult, TicketChecks
 from sparse_adv.tickets import PruneConfig, TicketInvariantError, checks
@@ -229,8 +229,12 @@ def test_a_folder_holds_one_search(tmp_path, finished):
             begin(**settings)
     assert files == {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     if finished:
-        for settings, name in (({"density": 0.5}, "pruning"), ({"config": replace(CONFIG, lr=0.5)}, "training")):
-            (tmp_path / runs.INFO).unlink()
+        info, faster = runs.read(tmp_path).info, replace(CONFIG, lr=0.5)
+        for settings, changed, name in (
+            ({"density": 0.5}, {"prune": replace(info.prune, density=0.5)}, "pruning"),
+            ({"config": faster}, {"train": faster}, "training"),
+        ):
+            json_files.write(tmp_path / runs.INFO, replace(info, **changed))
             with pytest.raises(ValueError, match=f"a ticket of another {name} configuration"):
                 begin(**settings)
 

@@ -34,6 +34,15 @@ def machine(monkeypatch):
     return become
 
 
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
+def test_what_torchrun_has_not_set_is_named(machine, monkeypatch, name):
+    machine(0, 0, 1)
+    monkeypatch.setenv(name, "one")
+    said = f"the environment variable {name} must be a number, .* got 'one'"
+    with pytest.raises(ValueError, match=said), distributed.group("cpu"):
+        pass
+
+
 CPU, GPU_0, GPU_1 = torch.device("cpu"), torch.device("cuda:0"), torch.device("cuda:1")
 
 

@@ -138,9 +138,13 @@ def test_a_folder_with_a_run_of_another_configuration_is_refused(tmp_path):
     train(tmp_path)
     with pytest.raises(ValueError, match=r"other settings \(train.lr 0.1, now 0.2\)"):
         train(tmp_path, config=replace(CONFIG, lr=0.2))
-    (tmp_path / runs.INFO).unlink()
+    info = runs.read(tmp_path).info
+    json_files.write(tmp_path / runs.INFO, replace(info, train=replace(CONFIG, lr=0.2)))
     with pytest.raises(ValueError, match="another configuration"):
         train(tmp_path, config=replace(CONFIG, lr=0.2))
+    (tmp_path / runs.INFO).unlink()
+    with pytest.raises(FileNotFoundError, match=r"but not the run\.json of its run"):
+        train(tmp_path)
 
 
 def test_a_call_that_was_refused_does_not_bind_the_next_one(tmp_path):
