@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypedDict
 
+import torch
 from torch import nn
 
 from sparse_adv import attacks, data, experiment, runs, tickets
@@ -128,68 +129,115 @@ def run(options: Options) -> int:
         if path is not None:
             check_writable(path)
     with deterministic(options.deterministic), distributed.group(options.device) as device:
-        if options.weights is not None and not options.what.is_dir():
-            raise ValueError(f"--weights is for the folder of a run, got {options.what}")
-        path = networks.weights_of(options.what, options.weights)
-        pruned, run = experiment.read_pruned(path, dense=True, density=options.density), runs.of_weights(path)
-        if run and run.info.network is None and options.arch is None:
-            raise ValueError(
-                f"{options.what} is the run of a model of your own: evaluate it in Python (guide, Sparsify your own "
-                "training loop), or name the same network of the library with --arch"
-            )
-        train = tickets.training_of(pruned, path) or TrainConfig()
-        known = experiment.images_of(pruned, str(path))
-        wanted = _images(options, known)
-        seed = train.seed if options.seed is None else options.seed
-        if options.norm not in (None, train.norm) and options.eps is None:
-            raise ValueError(f"--norm {options.norm} needs its own --eps: {train.eps:g} is a radius in {train.norm}")
-        eps = train.eps if options.eps is None else options.eps
-        ball: BallArgs = {"eps": eps, "norm": options.norm or train.norm}
-        require_radius(**ball)
-        require_radius(options.alpha or 0, ball["norm"], "alpha")
-        # Validation images stay those that were held out, whatever the seed of the attacks.
-        dataset = experiment.load_data(wanted, seed if known is None else train.seed, device)
-        model = networks.trained(
-            pruned,
-            dataset,
-            str(options.what),
-            arch=options.arch,
-            width=options.width,
-            normalize=options.normalize,
-        ).to(device)
-        images = getattr(dataset, options.split)
-        if options.images is not None:
-            images = data.Split(images.images[: options.images], images.labels[: options.images])
+        subject = _subject(options, device)
         output = Output(options.json)
         measure = partial(_autoattack, verbose=not output.as_json) if options.attack == "autoattack" else _bound
-        accuracies, robust, meaning, signs, unconfirmed = measure(options, model, images, seed, ball)
-        weights, epoch = path.stem if run else None, pruned.provenance.get("epoch") if run else None
-        result = {
-            "what": str(options.what),
-            "weights": weights,
-            "epoch": epoch,
-            "data": wanted.data,
-            "split": options.split,
-            **({} if options.split == "test" else {"limit": wanted.limit, "validation": wanted.validation}),
-            "images": len(images.labels),
-            **ball,
-            **({"alpha": _step_size(options, eps)} if options.attack == "bound" else {}),
-            "seed": seed,
-            **accuracies,
-            "robust": robust,
-            "meaning": meaning,
-            "warnings": signs,
-        } | ({} if unconfirmed is None else {"unconfirmed": unconfirmed})
-        listed = ", ".join(f"{name} {accuracy:.1%}" for name, accuracy in accuracies.items())
-        which = f"{options.what} ({weights} weights, epoch {epoch})" if run else str(options.what)
-        measured = f"{len(images.labels)} {options.split} images of {wanted.data}, eps {eps:g}"
-        text = f"{which}: {listed} of {measured}\n{meaning}"
+        measured = measure(options, subject.model, subject.images, subject.seed, subject.ball)
+        result = _result(options, subject, measured)
         try:
             if options.out and distributed.rank() == 0:
                 write_text(options.out, json.dumps(result, indent=2) + "\n")
         finally:  # if one of the two cannot be written, the other has the result
-            output.print("\n".join([text, *(f"warning: {sign}" for sign in signs)]), result)
+            output.print(_text(options, subject, measured), result)
     return 0
+
+
+class BallArgs(TypedDict):
+    """Keyword arguments of attacks: radius and norm of the ball around each image."""
+
+    eps: float
+    norm: Norm
+
+
+class Subject(NamedTuple):
+    """What is evaluated, and on what."""
+
+    model: nn.Module
+    images: data.Split
+    source: DataConfig
+    """Where the images are from."""
+    ball: BallArgs
+    seed: int
+    weights: str | None
+    """"best" or "last" for the weights of a run; None for other files."""
+    epoch: object
+    """Of these weights."""
+
+
+def _subject(options: Options, device: torch.device) -> Subject:
+    """The model and the images that the options name, or else the run or the ticket."""
+    if options.weights is not None and not options.what.is_dir():
+        raise ValueError(f"--weights is for the folder of a run, got {options.what}")
+    path = networks.weights_of(options.what, options.weights)
+    pruned, run = experiment.read_pruned(path, dense=True, density=options.density), runs.of_weights(path)
+    if run and run.info.network is None and options.arch is None:
+        raise ValueError(
+            f"{options.what} is the run of a model of your own: evaluate it in Python (guide, Sparsify your own "
+            "training loop), or name the same network of the library with --arch"
+        )
+    train = tickets.training_of(pruned, path) or TrainConfig()
+    known = experiment.images_of(pruned, str(path))
+    source = _images(options, known)
+    seed = train.seed if options.seed is None else options.seed
+    ball = _ball(options, train)
+    # Validation images stay those that were held out, whatever the seed of the attacks.
+    dataset = experiment.load_data(source, seed if known is None else train.seed, device)
+    model = networks.trained(
+        pruned,
+        dataset,
+        str(options.what),
+        arch=options.arch,
+        width=options.width,
+        normalize=options.normalize,
+    ).to(device)
+    images = getattr(dataset, options.split)
+    if options.images is not None:
+        images = data.Split(images.images[: options.images], images.labels[: options.images])
+    weights, epoch = (path.stem, pruned.provenance.get("epoch")) if run else (None, None)
+    return Subject(model, images, source, ball, seed, weights, epoch)
+
+
+def _ball(options: Options, train: TrainConfig) -> BallArgs:
+    """The radius and the norm that the options name, or else the training."""
+    if options.norm not in (None, train.norm) and options.eps is None:
+        raise ValueError(f"--norm {options.norm} needs its own --eps: {train.eps:g} is a radius in {train.norm}")
+    eps = train.eps if options.eps is None else options.eps
+    ball: BallArgs = {"eps": eps, "norm": options.norm or train.norm}
+    require_radius(**ball)
+    require_radius(options.alpha or 0, ball["norm"], "alpha")
+    return ball
+
+
+def _result(options: Options, subject: Subject, measured: Measured) -> dict[str, object]:
+    """The result as JSON."""
+    source, eps = subject.source, subject.ball["eps"]
+    return {
+        "what": str(options.what),
+        "weights": subject.weights,
+        "epoch": subject.epoch,
+        "data": source.data,
+        "split": options.split,
+        **({} if options.split == "test" else {"limit": source.limit, "validation": source.validation}),
+        "images": len(subject.images.labels),
+        **subject.ball,
+        **({"alpha": _step_size(options, eps)} if options.attack == "bound" else {}),
+        "seed": subject.seed,
+        **measured.accuracies,
+        "robust": measured.robust,
+        "meaning": measured.meaning,
+        "warnings": measured.signs,
+        **({} if measured.unconfirmed is None else {"unconfirmed": measured.unconfirmed}),
+    }
+
+
+def _text(options: Options, subject: Subject, measured: Measured) -> str:
+    """The result in words."""
+    listed = ", ".join(f"{name} {accuracy:.1%}" for name, accuracy in measured.accuracies.items())
+    which = f" ({subject.weights} weights, epoch {subject.epoch})" if subject.weights else ""
+    images = f"{len(subject.images.labels)} {options.split} images of {subject.source.data}"
+    warnings = [f"warning: {sign}" for sign in measured.signs]
+    first = f"{options.what}{which}: {listed} of {images}, eps {subject.ball['eps']:g}"
+    return "\n".join([first, measured.meaning, *warnings])
 
 
 def _images(options: Options, known: DataConfig | None) -> DataConfig:
@@ -200,13 +248,6 @@ def _images(options: Options, known: DataConfig | None) -> DataConfig:
     wanted = replace(known or DataConfig(), **{name: value for name, value in given.items() if value is not None})
     # limit and validation divide training images only, and may not fit this data set.
     return DataConfig(wanted.data) if options.split == "test" else wanted
-
-
-class BallArgs(TypedDict):
-    """Keyword arguments of attacks: radius and norm of the ball around each image."""
-
-    eps: float
-    norm: Norm
 
 
 class Measured(NamedTuple):

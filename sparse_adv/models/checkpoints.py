@@ -20,7 +20,7 @@ from sparse_adv.models.architectures import build, find
 from sparse_adv.models.normalize import STATISTICS, Normalize
 from sparse_adv.nn import sparsify
 
-log = logging.getLogger("sparse_adv")
+log = logging.getLogger(__name__)
 
 _WRAPPERS = rf"^(?:(?:{'|'.join(WRAPPERS)}|net|1)\.)+"
 """Prefixes of names; net and 1 come from `nn.Sequential(normalize, net)` and other code's wrappers."""
