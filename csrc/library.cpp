@@ -1,5 +1,5 @@
-// The schema of every op. Implementations are registered in csrc/<device>/<op>.*; documentation, fake kernels and
-// gradients are in sparse_adv/ops/<op>.py.
+// The schema of every op. Implementations are registered in csrc/<device>/<op>.* or csrc/cpu/<op>/, and those in Triton
+// in sparse_adv/ops/<op>_cuda.py; documentation, fake kernels and gradients are in sparse_adv/ops/<op>.py.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(sparse_adv, m) {
@@ -25,7 +25,7 @@ STABLE_TORCH_LIBRARY(sparse_adv, m) {
       "padding, SymInt[2] dilation, SymInt groups, Tensor? residual, bool relu, Tensor(a!) out, Tensor(b!)? gate_out) "
       "-> "
       "()");
-  // out = gate o (grad_input + residual); the input has the size of out.
+  // out = gate * (grad_input + residual); the input has the size of out.
   m.def(
       "masked_conv2d_grad_input_out(Tensor grad_output, Tensor weight, Tensor[] pattern, SymInt[2] stride, SymInt[2] "
       "padding, SymInt[2] dilation, SymInt groups, Tensor? residual, Tensor? gate, Tensor(a!) out) -> ()");
@@ -36,7 +36,8 @@ STABLE_TORCH_LIBRARY(sparse_adv, m) {
       "Tensor");
   // The gradient of its weights, in the same way.
   m.def("winograd_conv2d_grad_weight(Tensor grad, Tensor input, SymInt[2] padding, int tile) -> Tensor");
-  // Its parts: the weights as the tiles are multiplied with them, and the rest, into memory that the caller provides.
+  // Its two parts: the transformation of the weights, and the convolution with transformed weights, which writes to
+  // memory that the caller provides.
   m.def("winograd_conv2d_weight(Tensor weight, int tile, bool transposed) -> Tensor");
   // out = act(winograd_conv2d(input, weight) + bias + residual), act = relu, gate or nothing.
   m.def(
@@ -57,7 +58,7 @@ STABLE_TORCH_LIBRARY(sparse_adv, m) {
       "out, Tensor(b!)? gate_out) -> ()");
   // Max pooling with windows and stride of `size`. index receives the number of each window's largest element.
   m.def("max_pool2d_out(Tensor input, int[2] size, Tensor(a!) out, Tensor(b!)? index) -> ()");
-  // out = gate o (grad_input + residual); the input has the size of out.
+  // out = gate * (grad_input + residual); the input has the size of out.
   m.def(
       "max_pool2d_grad_input_out(Tensor grad, Tensor index, int[2] size, Tensor? residual, Tensor? gate, Tensor(a!) "
       "out) -> ()");

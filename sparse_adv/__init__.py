@@ -1,4 +1,4 @@
-"""Weight-sparse convolutions and a fused PGD step as PyTorch ops: fast robust training of sparse networks."""
+"""Masked sparse convolutions and a fused PGD step for PyTorch: fast adversarial training of sparse networks."""
 
 from importlib import import_module
 from types import ModuleType

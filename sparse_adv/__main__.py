@@ -36,7 +36,7 @@ _LONGEST_WORD, _LONGEST = 300, 1000
 """Greatest numbers of characters of a value, such as a path, and of a whole message that are quoted in full."""
 
 DESCRIPTION = """\
-Masked sparse convolutions and a fused PGD step as PyTorch ops: fast robust training of sparse networks."""
+Masked sparse convolutions and a fused PGD step for PyTorch: fast adversarial training of sparse networks."""
 
 EXAMPLE = """\
 'COMMAND --help' lists the flags of a command. From images to a comparison:

@@ -1,4 +1,4 @@
-// Argument checks of pgd_step and random_start, for every device.
+// Argument checks of pgd_step, pgd_step_normalized and random_start, for every device.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

@@ -1,1 +1,4 @@
-"""The command line, one module per command: a dataclass `Options` and a function `run(Options) -> int`."""
+"""The command line: a module for each command, with a dataclass `Options` and a function `run(Options) -> int`.
+
+`options`, `config_files`, `networks` and `output` are what the commands share.
+"""

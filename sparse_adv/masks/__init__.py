@@ -1,4 +1,4 @@
-"""Masks, which say what weights of a model are kept: from scores or files of this library or other tools, and to files.
+"""Masks say which weights of a model are kept: made from scores, read from and written to files.
 
 A mask is a bool tensor of the weight's shape, `[K, C/groups, R, S]` for a convolution or `[K, C]` for a linear layer,
 true = the weight is kept. The masks of a model are a dict keyed by module name.

@@ -121,9 +121,9 @@ def frozen_weights(model: nn.Module) -> Iterator[nn.Module]:
     Each layer reads the weights kept by its mask once, in the kernels' order (float32 convolutions on the CPU, blocks
     on CUDA), casts them once under autocast, and computes no gradient of weight or bias, whatever `requires_grad` says.
     That is what an attack needs. Contexts may be nested; the outermost one ends the effect. A context holds for the
-    thread that entered it, so another thread can train the same model; compiled code ignores it. The thread that runs
-    the backward pass recomputes code under `torch.utils.checkpoint`. On CUDA this is one of autograd's own threads: the
-    weights are not frozen there, and `use_reentrant=False` raises a CheckpointError.
+    thread that entered it, so another thread can train the same model; compiled code ignores it. Code under
+    `torch.utils.checkpoint` is computed again by the thread that runs the backward pass. On CUDA that is a thread of
+    autograd, for which the weights are not frozen; with `use_reentrant=False` PyTorch then raises a CheckpointError.
 
     Args:
         model: any module.

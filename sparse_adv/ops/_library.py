@@ -82,7 +82,7 @@ def cuda_stand_in(op: str) -> Callable[[Callable[..., object]], None]:
 
 
 def cuda_ops() -> str:
-    """Tell which implementation of `pgd_step` and `random_start` runs on CUDA, and for which GPUs it was built.
+    """Say which implementation of the ops of an attack runs on CUDA, and for which GPUs it was built.
 
     Returns:
         A description, such as "CUDA C++ (13.0, for 8.0 9.0)".

@@ -43,7 +43,7 @@ def random_start(
         norm: "linf" or "l2", also written "Linf" or "L2".
         seed: a 64-bit integer; or an int64 tensor [2], Philox key and block offset (the next offset that shares no
             number with this call is `offset + ceil(clean.numel() / 4)`); or a generator, from which one number is
-            drawn.
+            drawn. The default gives the same noise in each call; attacks draw a number from PyTorch's generator.
         lo, hi: the range of pixel values.
 
     Returns:

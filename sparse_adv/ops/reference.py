@@ -1,4 +1,4 @@
-"""Every op in plain PyTorch: the specification.
+"""The ops in plain PyTorch: the specification.
 
 Tests, benchmarks and `doctor` compare with it, and it runs where a transform of PyTorch needs formulas.
 """

@@ -10,7 +10,7 @@ state.pt             what a stopped run continues from, readable with torch.load
 identity.pt          digests of the network, the weights and the images that a search was begun with
 initial.safetensors  the initial weights of a search; rewind.safetensors: those that it rewinds to
 ticket.safetensors   the ticket that a search found
-round_N/             a training of a search, a run folder with a ticket of its own; early_stopping.pt in it: its masks
+round_N/             a training of a search, a run folder with a ticket of its own; early_stopping.pt: its last masks
 config.yaml          the options of the command that made the run
 run.lock             locked by the process that writes to the folder, whose number it holds
 """

@@ -1,4 +1,4 @@
-"""Masks and weights in the files of other tools: reads all of their formats, and writes two of them.
+"""Reads masks and weights from the files of other tools, and writes them in two of their formats.
 
 `formats.py` lists the formats; each is recognised by the keys of its state dict.
 """
