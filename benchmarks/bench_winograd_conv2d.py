@@ -24,7 +24,7 @@ from timing import Side
 from torch import nn
 
 from sparse_adv import ops
-from sparse_adv.engine.winograd import winograd_tile
+from sparse_adv.engine.fastest_kernel import winograd_tile
 
 TOY = (64, 16, 8, 8)
 SIDES = {

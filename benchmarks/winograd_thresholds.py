@@ -1,4 +1,4 @@
-"""The comparisons behind the thresholds of `sparse_adv/engine/winograd.py`, on this machine; it must be quiet.
+"""The comparisons behind the thresholds of `sparse_adv/engine/fastest_kernel.py`, on this machine; it must be quiet.
 
     python benchmarks/winograd_thresholds.py [--threads 1] [--out FILE.csv]
 
@@ -18,7 +18,7 @@ from harness import Case, Record, Value
 from torch import Tensor, nn
 
 from sparse_adv import engine, masks, models, sparsify
-from sparse_adv.engine import winograd
+from sparse_adv.engine import fastest_kernel
 
 NEVER, ALWAYS = ((4, 0.0), (2, 0.0), (1, 0.0)), ((4, 1.0), (2, 1.0), (1, 1.0))
 DIRECT = {"_SPARSE_UP_TO": ALWAYS, "_LIVE_UP_TO": NEVER}
@@ -87,7 +87,7 @@ def gradient(make: Callable[[], nn.Module], x: Tensor, constants: dict[str, obje
     """The input gradient of a network whose kernels were chosen by these constants."""
     torch.manual_seed(0)
     model = make().eval()
-    with mock.patch.multiple(winograd, **constants):
+    with mock.patch.multiple(fastest_kernel, **constants):
         program = engine.Program(model, x)
         program.fold()
     return lambda model=model: program.gradient(x, lambda logits: logits.square().sum(1))  # keeps the model alive
@@ -107,7 +107,9 @@ def summary(records: Sequence[Record]) -> str:
     lines = []
     for constant, by_value in ratios.items():
         cells = ", ".join(f"{value:.3g}: {ratio:.2f}" for value, ratio in by_value.items())
-        lines.append(f"{constant}, now {getattr(winograd, constant.split()[0])}; times as long without at {cells}")
+        lines.append(
+            f"{constant}, now {getattr(fastest_kernel, constant.split()[0])}; times as long without at {cells}"
+        )
     return "\n".join(lines)
 
 

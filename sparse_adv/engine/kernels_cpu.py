@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
 from sparse_adv import ops
+from sparse_adv.engine.fastest_kernel import is_faster_in_nchw, sparse_is_faster, takes_live_filters, winograd_tile
 from sparse_adv.engine.folding import FoldedNorm
 from sparse_adv.engine.kernels import Convolution, DeviceKernels, Place
-from sparse_adv.engine.winograd import is_faster_in_nchw, sparse_is_faster, takes_live_filters, winograd_tile
 from sparse_adv.kernels.epilogue import Epilogue
 from sparse_adv.nn import MaskedConv2d
 from sparse_adv.ops.masked_conv2d_pattern import pack_checked

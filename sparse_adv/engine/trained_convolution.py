@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
 from sparse_adv import ops
+from sparse_adv.engine.fastest_kernel import is_faster_in_nchw, winograd_tile
 from sparse_adv.engine.model_state import has_hooks
-from sparse_adv.engine.winograd import is_faster_in_nchw, winograd_tile
 from sparse_adv.masks.layers import computes_as
 from sparse_adv.ops.conv_geometry import geometry_of
 from sparse_adv.ops.transforms import is_transformed

@@ -2,7 +2,7 @@
 
 The kernels of the op are chosen only here. On the CPU the plan comes from the C++ op, which the passes follow; on CUDA
 the passes call `plan_on_cuda`. `nn.explain`, `nn.count_macs` and `nn.tune` call `plan`. Steps of the engine may take
-Winograd's filtering instead of the op (`engine/winograd.py`).
+Winograd's filtering instead of the op (`engine/fastest_kernel.py`).
 """
 
 from __future__ import annotations

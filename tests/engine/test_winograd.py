@@ -10,10 +10,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_adv import engine, masks, models
+from sparse_adv.engine.fastest_kernel import is_faster_in_nchw, takes_live_filters, winograd_tile
 from sparse_adv.engine.kernels_cpu import DenseWinogradConvolution, MaskedWinogradConvolution, NchwConvolution
 from sparse_adv.engine.steps import ConvolutionStep
 from sparse_adv.engine.trained_convolution import TrainedConvolution
-from sparse_adv.engine.winograd import is_faster_in_nchw, takes_live_filters, winograd_tile
 from sparse_adv.nn import sparsify
 
 

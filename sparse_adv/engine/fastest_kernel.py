@@ -1,6 +1,7 @@
-"""Which layers Winograd's filtering computes fastest on a CPU in float32: dense in channels_last, masked in NCHW.
+"""Which kernel computes a layer fastest on a CPU, and in which layout.
 
-Also, which layers oneDNN computes faster in NCHW.
+A masked layer has the direct sparse kernel, Winograd's filtering with the live filters alone (NCHW), or a dense one. A
+dense layer has Winograd's filtering (channels_last) or oneDNN, which computes some layers faster in NCHW.
 
 `benchmarks/winograd_thresholds.py` shows on any machine where each threshold lies.
 """
