@@ -1,7 +1,7 @@
 """When an image counts as adversarial.
 
-By its class, in what attacks and evaluations report. Searches go by the margin instead, which says by how much, and on
-which the two differ only in a tie of the two largest logits: the margin is then 0, and the search goes on.
+What attacks and evaluations report goes by the class. Searches go by the margin, which also says by how much. The two
+differ only if the two largest logits are equal: then the margin is 0, and the search goes on.
 """
 
 from __future__ import annotations

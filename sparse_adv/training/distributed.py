@@ -75,7 +75,8 @@ def group(device: torch.device | str = "auto") -> Iterator[torch.device]:
     if not os.environ.get("WORLD_SIZE") or dist.is_initialized():
         yield own
         return
-    launched_rank(), launched_processes()  # else PyTorch's error names neither variable nor value
+    for name in ("RANK", "WORLD_SIZE"):
+        _launched(name, 0)  # raises for text; PyTorch's own error names neither variable nor value
     dist.init_process_group(backend)
     try:
         yield own
