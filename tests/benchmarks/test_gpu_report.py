@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -99,9 +100,9 @@ def test_failing_tests_of_several_processes_are_named(tmp_path, reported):
 @pytest.fixture(scope="module")
 def check(tmp_path_factory):
     """Runs a check in which only the report works, since other commands print their arguments: folder and result."""
-    tools = tmp_path_factory.mktemp("tools")
+    tools, own = tmp_path_factory.mktemp("tools"), shlex.quote(sys.executable)
     for name in ("python", "nvidia-smi", "compute-sanitizer"):
-        report = f'case "$1" in *gpu_report.py) exec {sys.executable} "$@";; esac\n' if name == "python" else ""
+        report = f'case "$1" in *gpu_report.py) exec {own} "$@";; esac\n' if name == "python" else ""
         (tools / name).write_text(f'#!/bin/sh\n{report}echo $PYTHONPATH\nprintf "%s\\n" "$@"\nexit 3\n')
         (tools / name).chmod(0o755)
     paths = {"PATH": f"{tools}:{os.environ['PATH']}", "PYTHONPATH": ":".join([*sys.path, "/elsewhere"])}
