@@ -23,8 +23,7 @@ STABLE_TORCH_LIBRARY(sparse_adv, m) {
   m.def(
       "masked_conv2d_out(Tensor input, Tensor weight, Tensor[] pattern, Tensor? bias, SymInt[2] stride, SymInt[2] "
       "padding, SymInt[2] dilation, SymInt groups, Tensor? residual, bool relu, Tensor(a!) out, Tensor(b!)? gate_out) "
-      "-> "
-      "()");
+      "-> ()");
   // out = gate * (grad_input + residual); the input has the size of out.
   m.def(
       "masked_conv2d_grad_input_out(Tensor grad_output, Tensor weight, Tensor[] pattern, SymInt[2] stride, SymInt[2] "
@@ -35,7 +34,7 @@ STABLE_TORCH_LIBRARY(sparse_adv, m) {
       "winograd_conv2d(Tensor input, Tensor weight, Tensor? bias, SymInt[2] padding, int tile, bool transposed) -> "
       "Tensor");
   // The gradient of its weights, in the same way.
-  m.def("winograd_conv2d_grad_weight(Tensor grad, Tensor input, SymInt[2] padding, int tile) -> Tensor");
+  m.def("winograd_conv2d_grad_weight(Tensor grad_output, Tensor input, SymInt[2] padding, int tile) -> Tensor");
   // Its two parts: the transformation of the weights, and the convolution with transformed weights, which writes to
   // memory that the caller provides.
   m.def("winograd_conv2d_weight(Tensor weight, int tile, bool transposed) -> Tensor");
@@ -56,12 +55,12 @@ STABLE_TORCH_LIBRARY(sparse_adv, m) {
   m.def(
       "pointwise_out(Tensor input, Tensor? scale, Tensor? bias, Tensor? residual, bool relu, Tensor? gate, Tensor(a!) "
       "out, Tensor(b!)? gate_out) -> ()");
-  // Max pooling with windows and stride of `size`. index receives the number of each window's largest element.
-  m.def("max_pool2d_out(Tensor input, int[2] size, Tensor(a!) out, Tensor(b!)? index) -> ()");
+  // Max pooling with windows and stride of `kernel_size`. index receives the number of each window's largest element.
+  m.def("max_pool2d_out(Tensor input, int[2] kernel_size, Tensor(a!) out, Tensor(b!)? index) -> ()");
   // out = gate * (grad_input + residual); the input has the size of out.
   m.def(
-      "max_pool2d_grad_input_out(Tensor grad, Tensor index, int[2] size, Tensor? residual, Tensor? gate, Tensor(a!) "
-      "out) -> ()");
+      "max_pool2d_grad_input_out(Tensor grad_output, Tensor index, int[2] kernel_size, Tensor? residual, Tensor? gate, "
+      "Tensor(a!) out) -> ()");
   // BatchNorm with the statistics of the batch: out = relu?(batch_norm(input) + residual), with mean, biased variance
   // and the gate of the ReLU. Without relu the gate is empty.
   m.def(
@@ -69,9 +68,8 @@ STABLE_TORCH_LIBRARY(sparse_adv, m) {
       "Tensor, Tensor, Tensor)");
   // Gradients of input, weight, bias and residual; that of the residual is empty unless it is needed.
   m.def(
-      "batch_norm_act_grad(Tensor grad, Tensor input, Tensor? weight, Tensor mean, Tensor var, Tensor? gate, float "
-      "eps, "
-      "bool needs_residual) -> (Tensor, Tensor, Tensor, Tensor)");
+      "batch_norm_act_grad(Tensor grad_output, Tensor input, Tensor? weight, Tensor mean, Tensor var, Tensor? gate, "
+      "float eps, bool needs_residual) -> (Tensor, Tensor, Tensor, Tensor)");
   // The weights kept by the mask, times the factor of their output channel, in the order of the column indices of
   // forward and of grad_input.
   m.def("pack_values(Tensor weight, Tensor[] pattern, Tensor? scale=None) -> Tensor[]");

@@ -165,7 +165,7 @@ def _batch_norm_act(device: torch.device) -> float:
     def results(function: Callable[..., Tensor], device: torch.device) -> list[Tensor]:
         leaves = _leaves((*images, *vectors), device)
         input, residual, weight, bias = leaves
-        out = function(input, weight, bias, residual=residual)
+        out = function(input, weight, bias, residual=residual, relu=True)
         return [out.detach(), *_gradients(out, leaves, grad.to(device))]
 
     return _difference(results(ops.batch_norm_act, device), results(reference.batch_norm_act, CPU))

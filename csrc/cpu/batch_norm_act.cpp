@@ -244,13 +244,13 @@ void backward(const Backward& tensors) {
       [&](int64_t begin, int64_t end) { apply(operands, begin, end); });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_grad_cpu(Tensor grad, Tensor input,
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_grad_cpu(Tensor grad_output, Tensor input,
                                                                    std::optional<Tensor> weight, Tensor mean,
                                                                    Tensor var, std::optional<Tensor> gate, double eps,
                                                                    bool needs_residual) {
   check_input(input, weight, std::nullopt);
-  check_size("grad", grad, {input.sizes().begin(), input.sizes().end()});
-  check_dtype("grad", grad, "input", input);
+  check_size("grad_output", grad_output, {input.sizes().begin(), input.sizes().end()});
+  check_dtype("grad_output", grad_output, "input", input);
   Tensor grad_input = empty_in_layout_of(input, {input.size(0), input.size(1), input.size(2), input.size(3)});
   check_gate("gate", gate, grad_input);
   const Tensor staging = staging_for(grad_input, true);
@@ -262,7 +262,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_grad_cpu(Tensor grad, 
   }
   Tensor grad_residual =
       needs_residual ? torch::stable::empty_like(grad_input) : torch::stable::new_empty(grad_input, {0});
-  Backward tensors{.grad = grad,
+  Backward tensors{.grad = grad_output,
                    .input = input,
                    .mean = mean,
                    .var = var,
@@ -276,7 +276,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_grad_cpu(Tensor grad, 
   if (grad_input.numel() == 0)
     return {grad_input, torch::stable::zero_(tensors.grad_weight), torch::stable::zero_(tensors.grad_bias),
             grad_residual};
-  tensors.grad = staged(grad, staging);
+  tensors.grad = staged(grad_output, staging);
   tensors.input = staged(input, staging);
   if (needs_residual) tensors.grad_residual = staging_for(grad_residual, true);
   (is_double(staging) ? &backward<double> : &backward<float>)(tensors);

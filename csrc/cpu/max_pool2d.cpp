@@ -31,17 +31,18 @@ struct Geometry {
   PoolRow row;
 };
 
-Geometry check_geometry(const Tensor& image, const Tensor& pooled, const std::vector<int64_t>& size,
+Geometry check_geometry(const Tensor& image, const Tensor& pooled, const std::vector<int64_t>& kernel_size,
                         const std::optional<Tensor>& index) {
   check(image.dim() == 4, "the images must have 4 dimensions, got ", image.dim());
   check(image.scalar_type() == ScalarType::Float || image.scalar_type() == ScalarType::Double,
         "the images must be float32 or float64, got ", image.scalar_type());
   check(has_plain_layout(image), "the images must be NCHW or channels_last without gaps, got strides ",
         text_of(image.strides()));
-  check(size.size() == 2 && size[0] >= 1 && size[1] >= 1 && size[0] <= 255 && size[1] <= 255 / size[0],
-        "size must be rows and columns of a window of 1 to 255 elements");
+  check(kernel_size.size() == 2 && kernel_size[0] >= 1 && kernel_size[1] >= 1 && kernel_size[0] <= 255 &&
+            kernel_size[1] <= 255 / kernel_size[0],
+        "kernel_size must be rows and columns of a window of 1 to 255 elements");
   const int64_t N = image.size(0), C = image.size(1), H = image.size(2), W = image.size(3);
-  const std::vector<int64_t> pooled_size{N, C, H / size[0], W / size[1]};
+  const std::vector<int64_t> pooled_size{N, C, H / kernel_size[0], W / kernel_size[1]};
   check_size("the pooled images", pooled, pooled_size);
   check_dtype("the pooled images", pooled, "the images", image);
   const bool fits = is_channels_last(image) ? layouts_agree(pooled, image) : pooled.is_contiguous();
@@ -55,10 +56,14 @@ Geometry check_geometry(const Tensor& image, const Tensor& pooled, const std::ve
   const int64_t step = channels_last ? C : 1;
   return {.planes = channels_last ? N : N * C,
           .image_rows = H,
-          .pooled_rows = H / size[0],
+          .pooled_rows = H / kernel_size[0],
           .image_line = W * step,
-          .pooled_line = W / size[1] * step,
-          .row = {.windows = W / size[1], .rows = size[0], .cols = size[1], .row_pitch = W * step, .step = step}};
+          .pooled_line = W / kernel_size[1] * step,
+          .row = {.windows = W / kernel_size[1],
+                  .rows = kernel_size[0],
+                  .cols = kernel_size[1],
+                  .row_pitch = W * step,
+                  .step = step}};
 }
 
 // Calls body(plane) for all planes on several threads.
@@ -87,11 +92,11 @@ void forward(const Geometry& geometry, const Tensor& input, const Tensor& out, c
 
 // The gate is applied to a plane while it is in the cache.
 template <class T>
-void backward(const Geometry& geometry, const Tensor& grad, const Tensor& index, const Tensor& out,
+void backward(const Geometry& geometry, const Tensor& grad_output, const Tensor& index, const Tensor& out,
               const EpilogueTensors& epilogue) {
   const auto kernel = SPARSE_ADV_CHOOSE(max_pool2d_grad_row<T>);
   const auto apply_gate = SPARSE_ADV_CHOOSE(pointwise<T>);
-  const T* const from = grad.const_data_ptr<T>();
+  const T* const from = grad_output.const_data_ptr<T>();
   const uint8_t* const numbers = index.const_data_ptr<uint8_t>();
   T* const to = out.mutable_data_ptr<T>();
   Pointwise<T> operands{
@@ -118,8 +123,8 @@ void backward(const Geometry& geometry, const Tensor& grad, const Tensor& index,
   });
 }
 
-void max_pool2d_out_cpu(Tensor input, std::vector<int64_t> size, Tensor out, std::optional<Tensor> index) {
-  const Geometry geometry = check_geometry(input, out, size, index);
+void max_pool2d_out_cpu(Tensor input, std::vector<int64_t> kernel_size, Tensor out, std::optional<Tensor> index) {
+  const Geometry geometry = check_geometry(input, out, kernel_size, index);
   check_memory("out", out, "input", input);
   check_memory("index", index, "input", input);
   check_memory("index", index, "out", out);
@@ -127,16 +132,16 @@ void max_pool2d_out_cpu(Tensor input, std::vector<int64_t> size, Tensor out, std
   (is_double(out) ? &forward<double> : &forward<float>)(geometry, input, out, index);
 }
 
-void max_pool2d_grad_input_out_cpu(Tensor grad, Tensor index, std::vector<int64_t> size, std::optional<Tensor> residual,
-                                   std::optional<Tensor> gate, Tensor out) {
-  const Geometry geometry = check_geometry(out, grad, size, index);
-  check_memory("out", out, "grad", grad);
+void max_pool2d_grad_input_out_cpu(Tensor grad_output, Tensor index, std::vector<int64_t> kernel_size,
+                                   std::optional<Tensor> residual, std::optional<Tensor> gate, Tensor out) {
+  const Geometry geometry = check_geometry(out, grad_output, kernel_size, index);
+  check_memory("out", out, "grad_output", grad_output);
   check_memory("out", out, "index", index);
   check_residual(residual, out);
   check_gate("gate", gate, out);
   if (out.numel() == 0) return;
   const EpilogueTensors epilogue{.residual = residual, .gate = gate};
-  (is_double(out) ? &backward<double> : &backward<float>)(geometry, grad, index, out, epilogue);
+  (is_double(out) ? &backward<double> : &backward<float>)(geometry, grad_output, index, out, epilogue);
 }
 
 }  // namespace

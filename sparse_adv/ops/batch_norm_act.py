@@ -26,7 +26,7 @@ def batch_norm_act(
     running_var: Tensor | None = None,
     *,
     residual: Tensor | None = None,
-    relu: bool = True,
+    relu: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
@@ -37,7 +37,7 @@ def batch_norm_act(
         y = F.batch_norm(input, running_mean, running_var, weight, bias, training=True, momentum=momentum, eps=eps)
         y = (y + residual).relu()
 
-    where the residual is left out if it is None, and the ReLU if relu is False. An estimate of the mean is first
+    where the residual is left out if it is None, and the ReLU unless relu is True. An estimate of the mean is first
     subtracted from each element. Sums of at most a few hundred elements (256 on CUDA, then pairwise) are then added in
     float64, in the same order for any number of threads. Instead of the ReLU's output, one bit per element is kept for
     the backward pass; on a CPU, forward and backward read each tensor of NCHW images from memory once. It is
@@ -66,9 +66,9 @@ def batch_norm_act(
 
     Examples:
         >>> x = torch.tensor([1.0, 3.0, 5.0]).view(1, 1, 1, 3)
-        >>> [round(value, 3) for value in batch_norm_act(x).flatten().tolist()]
+        >>> [round(value, 3) for value in batch_norm_act(x, relu=True).flatten().tolist()]
         [0.0, 0.0, 1.225]
-        >>> [round(value, 3) for value in batch_norm_act(x, residual=x, relu=False).flatten().tolist()]
+        >>> [round(value, 3) for value in batch_norm_act(x, residual=x).flatten().tolist()]
         [-0.225, 3.0, 6.225]
     """
     vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
@@ -166,7 +166,7 @@ def _(
 
 @torch.library.register_fake("sparse_adv::batch_norm_act_grad")
 def _(
-    grad: Tensor,
+    grad_output: Tensor,
     input: Tensor,
     weight: Tensor | None,
     mean: Tensor,

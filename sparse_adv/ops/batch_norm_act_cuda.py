@@ -31,7 +31,7 @@ def batch_norm_act(
 
 
 def batch_norm_act_grad(
-    grad: Tensor,
+    grad_output: Tensor,
     input: Tensor,
     weight: Tensor | None,
     mean: Tensor,
@@ -41,7 +41,7 @@ def batch_norm_act_grad(
     needs_residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_input(input, weight, None)
-    _check_like(input, "grad", grad)
+    _check_like(input, "grad_output", grad_output)
     grad_input = output_like(input)
     if gate is not None:
         check_gate(gate, grad_input)
@@ -54,9 +54,9 @@ def batch_norm_act_grad(
     if grad_input.numel():
         from sparse_adv.kernels import batch_norm_act as kernels
 
-        grad, input = in_layout_of(grad_input, grad), in_layout_of(grad_input, input)
+        grad_output, input = in_layout_of(grad_input, grad_output), in_layout_of(grad_input, input)
         weight = None if weight is None else weight.contiguous()
-        operands = grad, input, weight, mean.contiguous(), var.contiguous(), gate, eps
+        operands = grad_output, input, weight, mean.contiguous(), var.contiguous(), gate, eps
         kernels.backward(*operands, grad_input, grad_weight, grad_bias, grad_residual if needs_residual else None)
     return grad_input, grad_weight, grad_bias, grad_residual
 

@@ -9,27 +9,27 @@ from sparse_adv.ops.arguments import Pair, check_tensors, read_pair
 from sparse_adv.ops.written import check_written, mark_written, returns_nothing
 
 
-def max_pool2d_out(input: Tensor, size: Pair, *, out: Tensor, index: Tensor | None = None) -> None:
+def max_pool2d_out(input: Tensor, kernel_size: Pair, *, out: Tensor, index: Tensor | None = None) -> None:
     """Take the maximum of each window, with the window's size as stride, into memory that the caller provides.
 
     Equivalent to::
 
-        out = F.max_pool2d(input, size)
+        out = F.max_pool2d(input, kernel_size)
 
     As in PyTorch, a NaN counts as larger than any number, and of equal elements the first is taken, row by row. It is
     implemented on the CPU and, with Triton, on CUDA, and not differentiable.
 
     Args:
         input: float32 or float64 tensor (on CUDA any float dtype) [N, C, H, W], NCHW or channels_last without gaps.
-        size: rows and columns of a window, as one or two integers, at most 255 elements. Rows and columns
+        kernel_size: rows and columns of a window, as one or two integers, at most 255 elements. Rows and columns
             that fill no window are left out.
         out: tensor [N, C, H // rows, W // columns] in the dtype and layout of the input, that is written.
         index: uint8 tensor like out, or None: receives the number of each window's largest element, row by row.
 
     Raises:
         TypeError: if an operand is not a dense tensor.
-        ValueError: if size is not one or two integers, devices differ, or a tensor requires grad and gradients are
-            enabled.
+        ValueError: if kernel_size is not one or two integers, devices differ, or a tensor requires grad and gradients
+            are enabled.
         RuntimeError: if a shape, dtype or layout does not fit, or tensors overlap.
 
     Source: this library's design page "The engine", the section on the backward pass.
@@ -41,7 +41,7 @@ def max_pool2d_out(input: Tensor, size: Pair, *, out: Tensor, index: Tensor | No
         >>> y.item(), index.item()
         (5.0, 1)
     """
-    window = read_pair("size", size)
+    window = read_pair("kernel_size", kernel_size)
     check_tensors(input=input)
     check_written("max_pool2d_out", out, input=input, index=index)
     torch.ops.sparse_adv.max_pool2d_out(input, window, out, index)
@@ -49,9 +49,9 @@ def max_pool2d_out(input: Tensor, size: Pair, *, out: Tensor, index: Tensor | No
 
 
 def max_pool2d_grad_input_out(
-    grad: Tensor,
+    grad_output: Tensor,
     index: Tensor,
-    size: Pair,
+    kernel_size: Pair,
     *,
     residual: Tensor | None = None,
     gate: Tensor | None = None,
@@ -65,36 +65,36 @@ def max_pool2d_grad_input_out(
         y = grad_input + residual
         out = y.where(gate_to_bool(gate, out), 0)
 
-    where grad_input is grad at the largest element of each window and 0 elsewhere, and an operand that is None is left
-    out. It is implemented on the CPU and, with Triton, on CUDA, and not differentiable.
+    where grad_input is grad_output at the largest element of each window and 0 elsewhere, and an operand that is None
+    is left out. It is implemented on the CPU and, with Triton, on CUDA, and not differentiable.
 
     Args:
-        grad: gradient of the output, [N, C, H // rows, W // columns] in the layout and dtype of out.
-        index: uint8 tensor like grad, as `max_pool2d_out` wrote it.
-        size: rows and columns of a window, as one or two integers.
+        grad_output: gradient of the output, [N, C, H // rows, W // columns] in the layout and dtype of out.
+        index: uint8 tensor like grad_output, as `max_pool2d_out` wrote it.
+        kernel_size: rows and columns of a window, as one or two integers.
         residual: tensor like out, or None; it may be out.
         gate: uint8 tensor of the shape of `empty_gate(out)`, or None: makes the elements 0 whose bit is 0.
         out: tensor [N, C, H, W] of the dtypes and layouts that `max_pool2d_out` takes, that is written.
 
     Raises:
         TypeError: if an operand is not a dense tensor.
-        ValueError: if size is not one or two integers, devices differ, or a tensor requires grad and gradients are
-            enabled.
+        ValueError: if kernel_size is not one or two integers, devices differ, or a tensor requires grad and gradients
+            are enabled.
         RuntimeError: if a shape, dtype or layout does not fit, or tensors overlap.
 
     Source: this library's design page "The engine", the section on the backward pass.
 
     Examples:
-        >>> grad, index = torch.tensor([[[[7.0]]]]), torch.tensor([[[[1]]]], dtype=torch.uint8)
+        >>> grad_output, index = torch.tensor([[[[7.0]]]]), torch.tensor([[[[1]]]], dtype=torch.uint8)
         >>> out = torch.empty(1, 1, 2, 2)
-        >>> max_pool2d_grad_input_out(grad, index, (2, 2), out=out)
+        >>> max_pool2d_grad_input_out(grad_output, index, (2, 2), out=out)
         >>> out.flatten().tolist()
         [0.0, 7.0, 0.0, 0.0]
     """
-    window = read_pair("size", size)
-    check_tensors(grad=grad, index=index)
-    check_written("max_pool2d_grad_input_out", out, grad=grad, index=index, residual=residual, gate=gate)
-    torch.ops.sparse_adv.max_pool2d_grad_input_out(grad, index, window, residual, gate, out)
+    window = read_pair("kernel_size", kernel_size)
+    check_tensors(grad_output=grad_output, index=index)
+    check_written("max_pool2d_grad_input_out", out, grad_output=grad_output, index=index, residual=residual, gate=gate)
+    torch.ops.sparse_adv.max_pool2d_grad_input_out(grad_output, index, window, residual, gate, out)
     mark_written(out)
 
 

@@ -13,8 +13,8 @@ from sparse_adv.ops._library import IMPLEMENTATIONS, has_triton
 from sparse_adv.ops.gate import check_gate
 
 
-def max_pool2d_out(input: Tensor, size: Sequence[int], out: Tensor, index: Tensor | None) -> None:
-    rows, cols = _check_geometry(input, out, size, index)
+def max_pool2d_out(input: Tensor, kernel_size: Sequence[int], out: Tensor, index: Tensor | None) -> None:
+    rows, cols = _check_geometry(input, out, kernel_size, index)
     check_apart("out", out, "input", input)
     if index is not None:
         check_apart("index", index, "input", input)
@@ -26,10 +26,15 @@ def max_pool2d_out(input: Tensor, size: Sequence[int], out: Tensor, index: Tenso
 
 
 def max_pool2d_grad_input_out(
-    grad: Tensor, index: Tensor, size: Sequence[int], residual: Tensor | None, gate: Tensor | None, out: Tensor
+    grad_output: Tensor,
+    index: Tensor,
+    kernel_size: Sequence[int],
+    residual: Tensor | None,
+    gate: Tensor | None,
+    out: Tensor,
 ) -> None:
-    rows, cols = _check_geometry(out, grad, size, index)
-    check_apart("out", out, "grad", grad)
+    rows, cols = _check_geometry(out, grad_output, kernel_size, index)
+    check_apart("out", out, "grad_output", grad_output)
     check_apart("out", out, "index", index)
     if residual is not None:
         check_floating("residual", residual, out)
@@ -43,18 +48,18 @@ def max_pool2d_grad_input_out(
     if out.numel():
         from sparse_adv.kernels import max_pool2d as kernels
 
-        kernels.backward(grad, index, (rows, cols), residual, gate, out)
+        kernels.backward(grad_output, index, (rows, cols), residual, gate, out)
 
 
-def _check_geometry(image: Tensor, pooled: Tensor, size: Sequence[int], index: Tensor | None) -> tuple[int, int]:
+def _check_geometry(image: Tensor, pooled: Tensor, kernel_size: Sequence[int], index: Tensor | None) -> tuple[int, int]:
     check(has_triton(), "max_pool2d on CUDA needs Triton, which cannot be imported")
     check(image.dim() == 4, f"the images must have 4 dimensions, got {image.dim()}")
     check_floating("the images", image, image)
     layout = layout_of(image)
     check_layout("the images", image, layout)
-    fits = len(size) == 2 and min(size) >= 1 and size[0] * size[1] <= 255
-    check(fits, f"size must be rows and columns of a window of 1 to 255 elements, got {list(size)}")
-    rows, cols = size
+    fits = len(kernel_size) == 2 and min(kernel_size) >= 1 and kernel_size[0] * kernel_size[1] <= 255
+    check(fits, f"kernel_size must be rows and columns of a window of 1 to 255 elements, got {list(kernel_size)}")
+    rows, cols = kernel_size
     pooled_size = *image.shape[:2], image.shape[2] // rows, image.shape[3] // cols
     check_floating("the pooled images", pooled, image)
     check_size("the pooled images", pooled, pooled_size)

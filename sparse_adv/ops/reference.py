@@ -64,7 +64,7 @@ def batch_norm_act(
     running_var: Tensor | None = None,
     *,
     residual: Tensor | None = None,
-    relu: bool = True,
+    relu: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:

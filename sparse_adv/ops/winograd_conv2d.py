@@ -172,8 +172,8 @@ def _(input: Tensor, weight: Tensor, bias: Tensor | None, padding: list[int], ti
 
 
 @torch.library.register_fake("sparse_adv::winograd_conv2d_grad_weight")
-def _(grad: Tensor, input: Tensor, padding: list[int], tile: int) -> Tensor:
-    return input.new_empty(grad.shape[1], input.shape[1], 3, 3)
+def _(grad_output: Tensor, input: Tensor, padding: list[int], tile: int) -> Tensor:
+    return input.new_empty(grad_output.shape[1], input.shape[1], 3, 3)
 
 
 # The two ops are closed under differentiation: both are linear in both operands, so each gradient is one of them.

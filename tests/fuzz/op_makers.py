@@ -47,9 +47,11 @@ def max_pool2d_out(rng: random.Random) -> Call:
     index = some(rng, lambda: torch.zeros_like(out, dtype=torch.uint8))
 
     def results(before: Arguments, after: Arguments, _: Any) -> Results:
-        return {"out": (after["out"], _pooled(before["input"].double(), _pair(before["size"])).flatten(4).amax(4))}
+        return {
+            "out": (after["out"], _pooled(before["input"].double(), _pair(before["kernel_size"])).flatten(4).amax(4))
+        }
 
-    return Call(ops.max_pool2d_out, {"input": input, "size": size, "out": out, "index": index}, results)
+    return Call(ops.max_pool2d_out, {"input": input, "kernel_size": size, "out": out, "index": index}, results)
 
 
 def _pooled(images: Tensor, size: tuple[int, int]) -> Tensor:
@@ -64,16 +66,16 @@ def max_pool2d_grad_input_out(rng: random.Random) -> Call:
     grad = in_layout_of(out, random_images(rng, (*shape[:2], shape[2] // size[0], shape[3] // size[1]), dtype, layout))
     index = torch.randint_like(grad, size[0] * size[1]).to(torch.uint8)
     arguments = {
-        **{"grad": grad, "index": index, "size": size},
+        **{"grad_output": grad, "index": index, "kernel_size": size},
         "residual": rng.choice((None, out, random_images(rng, shape, dtype, layout))),
         **{"gate": some(rng, lambda: random_gate(out)), "out": out},
     }
 
     def results(before: Arguments, after: Arguments, _: Any) -> Results:
-        rows, cols = _pair(before["size"])
+        rows, cols = _pair(before["kernel_size"])
         expected = torch.zeros_like(before["out"], dtype=torch.float64, memory_format=torch.contiguous_format)
         chosen = F.one_hot(before["index"].long(), 256)[..., : rows * cols].unflatten(4, (rows, cols)).bool()
-        _pooled(expected, (rows, cols)).copy_(before["grad"].double()[..., None, None].where(chosen, 0))
+        _pooled(expected, (rows, cols)).copy_(before["grad_output"].double()[..., None, None].where(chosen, 0))
         gate, residual = before["gate"], wide(before["residual"])
         passes = None if gate is None else ops.gate_to_bool(gate, before["out"])
         return {"out": (after["out"], reference.pointwise(expected, residual=residual, gate=passes))}

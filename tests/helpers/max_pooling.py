@@ -15,8 +15,8 @@ BYTE = POOLED.to(torch.uint8)
 BAD_POOLINGS = {  # what is changed of right arguments, and what is said about it
     "no images": ({"input": torch.zeros(3, 9)}, "images must have 4 dimensions, got 2"),
     "gaps": ({"input": torch.zeros(2, 3, 4, 16)[..., ::2]}, r"without gaps, got strides \[192, 64, 16, 2\]"),
-    "window": ({"size": (0, 2)}, "window of 1 to 255 elements"),
-    "large window": ({"size": (16, 16)}, "window of 1 to 255 elements"),
+    "window": ({"kernel_size": (0, 2)}, "window of 1 to 255 elements"),
+    "large window": ({"kernel_size": (16, 16)}, "window of 1 to 255 elements"),
     "out's size": ({"out": LIKE}, r"must have size \[2, 3, 2, 4\], got \[2, 3, 4, 8\]"),
     "index's size": ({"index": BYTE[:1]}, r"index must have size \[2, 3, 2, 4\], got \[1, 3, 2, 4\]"),
 }
@@ -29,7 +29,7 @@ def images(*shape: int, dtype: torch.dtype = torch.float32, format: torch.memory
 
 def assert_refuses(pool: Callable[..., None], change: dict[str, object], message: str) -> None:
     """A forward pass with other arguments says what is wrong with them."""
-    right = {"input": LIKE, "size": (2, 2), "out": POOLED.clone(), "index": BYTE.clone()}
+    right = {"input": LIKE, "kernel_size": (2, 2), "out": POOLED.clone(), "index": BYTE.clone()}
     with pytest.raises(RuntimeError, match=message):
         pool(**right | change)
 

@@ -75,11 +75,11 @@ def written_ops():
             {"input": pixels, "weight": ops.winograd_conv2d_weight(weight), "residual": pixels, "out": new(pixels)},
         ),
         "max_pool2d_grad_input_out": (
-            lambda **operands: ops.max_pool2d_grad_input_out(index=index, size=(2, 2), **operands),
-            {"grad": pooled, "residual": images, "out": new(images)},
+            lambda **operands: ops.max_pool2d_grad_input_out(index=index, kernel_size=(2, 2), **operands),
+            {"grad_output": pooled, "residual": images, "out": new(images)},
         ),
         "max_pool2d_out": (
-            lambda **operands: ops.max_pool2d_out(index=new(index), size=(2, 2), **operands),
+            lambda **operands: ops.max_pool2d_out(index=new(index), kernel_size=(2, 2), **operands),
             {"input": images, "out": new(pooled)},
         ),
     }

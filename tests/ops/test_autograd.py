@@ -13,7 +13,7 @@ PATTERN = ops.compile_pattern((torch.rand(16, 16, 1, 1) < 0.5).expand(16, 16, 3,
 OPS = {
     "masked_conv2d": lambda x: ops.masked_conv2d(x, WEIGHT, PATTERN, padding=1),
     "winograd_conv2d": lambda x: ops.winograd_conv2d(x, WEIGHT, padding=1),
-    "batch_norm_act": lambda x: ops.batch_norm_act(x, torch.ones(16), torch.zeros(16), residual=x),
+    "batch_norm_act": lambda x: ops.batch_norm_act(x, torch.ones(16), torch.zeros(16), residual=x, relu=True),
 }
 
 

@@ -114,7 +114,7 @@ def test_gradcheck(format):
     operands = [tensor.requires_grad_() for tensor in operands_of((3, 2, 3, 3), set(OPERANDS), options).values()]
 
     def function(input, residual, bias, weight):
-        return batch_norm_act(input, weight, bias, residual=residual)
+        return batch_norm_act(input, weight, bias, residual=residual, relu=True)
 
     assert torch.autograd.gradcheck(function, operands)
     assert torch.autograd.gradgradcheck(function, operands)
@@ -162,7 +162,7 @@ def test_opcheck(relu, names):
 def test_an_empty_batch_gives_an_empty_result_and_leaves_the_statistics():
     statistics = {"running_mean": torch.full((3,), 0.5), "running_var": torch.full((3,), 2.0)}
     input, weight = torch.empty(0, 3, 4, 4, requires_grad=True), torch.ones(3, requires_grad=True)
-    out = batch_norm_act(input, weight, **statistics)
+    out = batch_norm_act(input, weight, **statistics, relu=True)
     out.sum().backward()
     assert out.shape == input.grad.shape == (0, 3, 4, 4) and not weight.grad.any()
     assert statistics["running_mean"].tolist() == [0.5] * 3 and statistics["running_var"].tolist() == [2.0] * 3
@@ -171,14 +171,14 @@ def test_an_empty_batch_gives_an_empty_result_and_leaves_the_statistics():
 def test_not_a_number_stays():
     input = torch.randn(2, 2, 3, 3)
     input[0, 0, 0, 0] = torch.nan
-    out = batch_norm_act(input)
+    out = batch_norm_act(input, relu=True)
     assert out[:, 0].isnan().all() and out[:, 1].isfinite().all()
 
 
 def test_a_frozen_operand_gets_no_gradient():
     operands = operands_of((2, 3, 4, 4), set(OPERANDS), {"dtype": torch.float32, "format": FORMATS[0]})
     weight = operands["weight"].requires_grad_()
-    batch_norm_act(**operands).sum().backward()
+    batch_norm_act(**operands, relu=True).sum().backward()
     assert weight.grad is not None and all(t.grad is None for name, t in operands.items() if name != "weight")
 
 
@@ -235,7 +235,7 @@ def test_one_compiled_function_takes_layers_of_any_width():
         x, found, expected = torch.randn(2, channels, 5, 5), [], []
         for function, statistics in ((compiled, found), (batch_norm_act, expected)):
             statistics += torch.zeros(channels), torch.ones(channels)
-            statistics.append(function(x, None, None, *statistics))
+            statistics.append(function(x, None, None, *statistics, relu=True))
         for actual, wanted in zip(found, expected, strict=True):
             assert_equal(actual, wanted)
 
@@ -245,7 +245,7 @@ def test_running_statistics_are_updated_under_torch_func_too():
     updated = []
     for call in (lambda f: f(x), lambda f: torch.func.grad(f)(x)):
         statistics = {"running_mean": torch.zeros(3), "running_var": torch.ones(3)}
-        call(lambda images, statistics=statistics: batch_norm_act(images, **statistics).square().sum())
+        call(lambda images, statistics=statistics: batch_norm_act(images, **statistics, relu=True).square().sum())
         updated.append(torch.stack(list(statistics.values())))
     assert_close(updated[1], updated[0])
     assert (updated[0][0] != 0).all()

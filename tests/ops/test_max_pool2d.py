@@ -82,9 +82,9 @@ def test_bad_operands_of_the_gradient_are_refused():
     for change, message in (
         ({"residual": POOLED}, "residual must have size"),
         ({"gate": empty_gate(POOLED)}, "gate must have size"),
-        ({"grad": LIKE}, "pooled images must have size"),
+        ({"grad_output": LIKE}, "pooled images must have size"),
     ):
-        operands = {"grad": POOLED, "index": BYTE, "size": (2, 2), "out": LIKE.clone(), **change}
+        operands = {"grad_output": POOLED, "index": BYTE, "kernel_size": (2, 2), "out": LIKE.clone(), **change}
         with pytest.raises(RuntimeError, match=message):
             max_pool2d_grad_input_out(**operands)
 
@@ -92,7 +92,7 @@ def test_bad_operands_of_the_gradient_are_refused():
 @pytest.mark.parametrize("size", [(2, 2, 2), 2.0, None, "2"])
 def test_a_size_that_is_not_one_or_two_integers_is_told(size):
     for call in (max_pool2d_out, partial(max_pool2d_grad_input_out, BYTE)):
-        with pytest.raises(ValueError, match=re.escape(f"size must be one or two integers, got {size!r}")):
+        with pytest.raises(ValueError, match=re.escape(f"kernel_size must be one or two integers, got {size!r}")):
             call(LIKE, size, out=POOLED)
 
 

@@ -225,21 +225,21 @@ void grad_weight_of_part(const Winograd& conv, int64_t tiles, const float* input
   parallel_for(0, conv.C, 1, [&](int64_t begin, int64_t end) { finish(conv, sums, begin, end, grad_weight); });
 }
 
-Tensor winograd_conv2d_grad_weight_cpu(Tensor grad, Tensor input, std::vector<int64_t> padding, int64_t tile) {
-  check(input.dim() == 4 && grad.dim() == 4, "input and grad must have 4 dimensions, got ", input.dim(), " and ",
-        grad.dim());
+Tensor winograd_conv2d_grad_weight_cpu(Tensor grad_output, Tensor input, std::vector<int64_t> padding, int64_t tile) {
+  check(input.dim() == 4 && grad_output.dim() == 4, "input and grad_output must have 4 dimensions, got ", input.dim(),
+        " and ", grad_output.dim());
   check_float("input", input);
-  check_float("grad", grad);
+  check_float("grad_output", grad_output);
   check_tile(tile);
-  const std::array<int64_t, 4> size = output_size(input, padding, grad.size(1));
-  check_size("grad", grad, {size.begin(), size.end()});
+  const std::array<int64_t, 4> size = output_size(input, padding, grad_output.size(1));
+  check_size("grad_output", grad_output, {size.begin(), size.end()});
   const Winograd conv = winograd_of(input, size, padding, tile);
   const std::array<int64_t, 4> weight_size{conv.K, conv.C, 3, 3};
   Tensor grad_weight = torch::stable::new_empty(input, {weight_size.data(), weight_size.size()});
   if (grad_weight.numel() == 0) return grad_weight;
-  if (grad.numel() == 0) return torch::stable::zero_(grad_weight);
+  if (grad_output.numel() == 0) return torch::stable::zero_(grad_weight);
   const Tensor images = torch::stable::contiguous(input, MemoryFormat::ChannelsLast);
-  const Tensor gradients = torch::stable::contiguous(grad, MemoryFormat::ChannelsLast);
+  const Tensor gradients = torch::stable::contiguous(grad_output, MemoryFormat::ChannelsLast);
   for_each_part(conv, [&](const Winograd& part, int64_t first) {
     grad_weight_of_part(part, input.size(0) * conv.tile_rows * conv.tile_cols, images.const_data_ptr<float>(),
                         gradients.const_data_ptr<float>() + first,

@@ -145,9 +145,17 @@ def test_bad_input_is_reported_by_name_and_value(name):
 
 def test_bad_operands_of_the_gradient_are_refused():
     vector, gate = torch.ones(3), torch.zeros(2, 3, 4, 2, dtype=torch.uint8)
-    good = {"grad": like, "input": like, "weight": None, "mean": vector, "var": vector, "gate": gate, "eps": 1e-5}
+    good = {
+        "grad_output": like,
+        "input": like,
+        "weight": None,
+        "mean": vector,
+        "var": vector,
+        "gate": gate,
+        "eps": 1e-5,
+    }
     for change, message in (
-        ({"grad": like[:1]}, "grad must have size"),
+        ({"grad_output": like[:1]}, "grad_output must have size"),
         ({"mean": vector.double()}, "mean must be torch.float32, got torch.float64"),
         ({"var": vector[:2]}, r"var must have size \[3\], got \[2\]"),
         ({"gate": gate[..., :1]}, r"gate must have size \[2, 3, 4, 2\], got \[2, 3, 4, 1\]"),

@@ -86,10 +86,18 @@ def test_bad_operands_of_the_gradient_are_refused():
         ({"residual": LIKE.double()}, "residual must be torch.float32"),
         ({"residual": LIKE.to(memory_format=torch.channels_last)}, "residual must be NCHW"),
         ({"gate": empty_gate(POOLED)}, "gate must have size"),
-        ({"grad": LIKE}, "pooled images must have size"),
-        ({"grad": out.view(-1)[:48].view(2, 3, 2, 4)}, "out shares memory with grad"),
+        ({"grad_output": LIKE}, "pooled images must have size"),
+        ({"grad_output": out.view(-1)[:48].view(2, 3, 2, 4)}, "out shares memory with grad_output"),
     ):
-        operands = {"grad": POOLED, "index": BYTE, "size": (2, 2), "residual": None, "gate": None, "out": out, **change}
+        operands = {
+            "grad_output": POOLED,
+            "index": BYTE,
+            "kernel_size": (2, 2),
+            "residual": None,
+            "gate": None,
+            "out": out,
+            **change,
+        }
         with pytest.raises(RuntimeError, match=message):
             max_pool2d_grad_input_out(**operands)
 
