@@ -1,4 +1,4 @@
 """The command line: a module for each command, with a dataclass `Options` and a function `run(Options) -> int`.
 
-`options`, `config_files`, `networks` and `output` are what the commands share.
+They share `options` (their flags), `flag_values`, `config_files`, `out_folder`, `networks` and `output`.
 """

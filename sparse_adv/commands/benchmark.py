@@ -16,7 +16,8 @@ from sparse_adv import attacks, data, experiment, facts, json_files
 from sparse_adv.argument_types import check_count
 from sparse_adv.attacks.autoattack_state import OtherRunError
 from sparse_adv.commands import networks
-from sparse_adv.commands.options import POSITIONAL, check_folder
+from sparse_adv.commands.options import POSITIONAL
+from sparse_adv.commands.out_folder import check_folder
 from sparse_adv.commands.output import Output
 from sparse_adv.config import DataConfig
 from sparse_adv.config.checks import require_radius

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from sparse_adv import demo
 from sparse_adv.argument_types import check_count
-from sparse_adv.commands.options import AFTER_A_STOP, check_folder
+from sparse_adv.commands.options import AFTER_A_STOP
+from sparse_adv.commands.out_folder import check_folder
 from sparse_adv.memory import keep_freed_memory
 from sparse_adv.training import distributed
 

@@ -1,4 +1,4 @@
-"""Turns the dataclass of a command's options into flags, help and a config file, and parses these into the dataclass.
+"""Turns the dataclass of a command's options into flags and help, and parses flags and config files into it.
 
 A command is a module with a dataclass `Options`, whose docstring is the help, and a function `run(Options) -> int`.
 A field that is itself a dataclass (`TrainConfig`, ...) gives a flag for each of its own fields. A method
@@ -12,22 +12,20 @@ import dataclasses
 import re
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Container, Sequence
-from fractions import Fraction
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import docstring_parser
-import yaml
 from jsonargparse import ActionYesNo, ArgumentError, ArgumentParser, Namespace
 
-from sparse_adv import recipes, runs
+from sparse_adv import recipes
 from sparse_adv.commands import config_files
+from sparse_adv.commands.flag_values import comma_separated, integer, number, one_of, or_null, path, text
+from sparse_adv.commands.out_folder import plain
 from sparse_adv.config import TrainConfig
 from sparse_adv.config.checks import refuse_unused
-from sparse_adv.files import write_text
-from sparse_adv.training import distributed
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -43,66 +41,6 @@ _FLAG_OF = {"state_path": "state"}
 """Flags with another name than the argument in Python that they are given to."""
 _TENSORS = frozenset({"images", "masks"})
 """Arguments in Python that are no flags: those of the same names count images, or name a file."""
-NO_SETTING = frozenset({"config", "json"})
-"""Options that are not settings of the run."""
-
-
-def number(name: str, value: str | float) -> float:
-    """A decimal number or a fraction: "0.03", "8/255"."""
-    try:
-        if not isinstance(value, bool):  # YAML's "yes" and "on"
-            return float(Fraction(value)) if isinstance(value, str) and "/" in value else float(value)
-    except (TypeError, ValueError, ArithmeticError):
-        pass
-    raise ArgumentTypeError(f"{name} must be a number or a fraction such as 8/255, got {value!r}")
-
-
-def integer(name: str, value: str | float) -> int:
-    """A whole number."""
-    try:
-        if isinstance(value, str):
-            return int(value) if value.lstrip("+-").isdecimal() else integer(name, float(value))
-        if value == int(value) and not isinstance(value, bool):
-            return int(value)
-    except (TypeError, ValueError, ArithmeticError):
-        pass
-    raise ArgumentTypeError(f"{name} must be a whole number, got {value!r}")
-
-
-def comma_separated(parse: Callable[[str, Any], T], name: str, value: str | Sequence[Any]) -> tuple[T, ...]:
-    """ "4,1" or, in a config file, [4, 1]."""
-    try:
-        parts = [part for part in value.split(",") if part] if isinstance(value, str) else value
-        return tuple(parse(name, part) for part in parts)
-    except (TypeError, ArgumentTypeError):
-        raise ArgumentTypeError(f"{name} must be numbers separated by commas, got {value!r}") from None
-
-
-def one_of(choices: tuple[str, ...], name: str, value: object) -> str:
-    """One of several words, in lower or upper case: torchattacks writes "Linf"."""
-    if not isinstance(value, str) or value.lower() not in choices:
-        raise ArgumentTypeError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-    return value.lower()
-
-
-def or_null(parse: Callable[[str, Any], T], name: str, value: object) -> T | None:
-    """A value, or the word null for none, as in a config file."""
-    return None if value == "null" else parse(name, value)
-
-
-def text(name: str, value: object) -> str:
-    """Text."""
-    if not isinstance(value, str):
-        raise ArgumentTypeError(f"{name} must be text, got {value!r}")
-    return value
-
-
-def path(name: str, value: object) -> str:
-    """A path; an empty one would be the present folder."""
-    given = text(name, value)
-    if not given.strip():
-        raise ArgumentTypeError(f"{name} must be a path, got {value!r}")
-    return given
 
 
 def parser_of(command: str, options: type, configurable: bool = False) -> ArgumentParser:
@@ -172,13 +110,6 @@ def with_flag(message: str, arguments: Sequence[str]) -> str:
     return f"{flag} {rest}" if is_given and says_so else message
 
 
-def check_folder(path: Path) -> None:
-    """Raise NotADirectoryError if --out, or a folder above it, is a file."""
-    there = next((each for each in (path, *path.parents) if each.exists()), None)
-    if there is not None and not there.is_dir():
-        raise NotADirectoryError(f"--out must be a folder, got {path}, where {there} is a file")
-
-
 def _spaced_list(parser: ArgumentParser, words: Sequence[str]) -> str | None:
     """What to write instead, if the numbers of a flag are separated by spaces and not by commas; else None."""
     for flag, action in config_files.actions_by_flag(parser).items():
@@ -196,18 +127,6 @@ def _flags(arguments: Sequence[str]) -> list[str]:
     return [word.partition("=")[0] for word in words if word.startswith("--")]
 
 
-def flat(options: DataclassInstance) -> dict[str, object]:
-    """The options as plain YAML and JSON data: what a config file holds."""
-    values: dict[str, object] = {}
-    for field in dataclasses.fields(options):
-        value = getattr(options, field.name)
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            values |= flat(value)
-        elif field.name not in NO_SETTING:
-            values[field.name] = _plain(value)
-    return values
-
-
 def check_training(train: TrainConfig, default: TrainConfig) -> None:
     """Raise ValueError if a setting of training has no effect, or the radius is the default of another norm.
 
@@ -218,33 +137,6 @@ def check_training(train: TrainConfig, default: TrainConfig) -> None:
     refuse_unused(train, default, train.without_effect())
     if train.norm != default.norm and train.eps == default.eps:
         raise ValueError(f"--norm {train.norm} needs its own --eps: the default {train.eps:g} is for {default.norm}")
-
-
-def write_config(folder: Path, options: DataclassInstance) -> None:
-    """Write the options to config.yaml in a run's folder, for `--config`; only rank 0 writes.
-
-    `check_config` has made sure before the run that it replaces only an earlier config of the run.
-    """
-    if distributed.rank() == 0:
-        given = {name: value for name, value in flat(options).items() if value is not None}
-        write_text(folder / runs.CONFIG, yaml.safe_dump(given, sort_keys=False))
-
-
-def check_config(folder: Path) -> None:
-    """Raise NotADirectoryError if --out is a file, FileNotFoundError if it holds a run that has lost its settings, and
-    ValueError if it holds the user's own config.yaml and no run.
-    """
-    check_folder(folder)
-    runs.check_info(folder)
-    path = folder / runs.CONFIG
-    if path.exists() and not (folder / runs.INFO).exists():
-        raise ValueError(f"{path} would be replaced by the one that the run writes: rename it, or take another --out")
-
-
-def _plain(value: object) -> object:
-    if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
 
 
 def _add_fields(parser: ArgumentParser, group: Any, kind: Any, defaults: DataclassInstance | None) -> None:
@@ -279,7 +171,7 @@ def _add_flag(group: Any, field: dataclasses.Field[Any], hint: Any, default: obj
         more |= {"nargs": "+"} if hint == tuple[Path, ...] else {}
         group.add_argument(field.name, metavar=field.name.upper(), **more)
         return
-    more |= {"required": True} if default is dataclasses.MISSING else {"default": _plain(default)}
+    more |= {"required": True} if default is dataclasses.MISSING else {"default": plain(default)}
     group.add_argument(f"--{field.name.replace('_', '-')}", metavar=metavar, **more)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sparse_adv.commands.options import POSITIONAL, check_folder
+from sparse_adv.commands.options import POSITIONAL
+from sparse_adv.commands.out_folder import check_folder
 from sparse_adv.commands.output import Output
 from sparse_adv.json_files import to_json
 from sparse_adv.report import reportable

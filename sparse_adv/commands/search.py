@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparse_adv import experiment, runs
-from sparse_adv.commands.options import AFTER_A_STOP, check_config, check_training, write_config
+from sparse_adv.commands.options import AFTER_A_STOP, check_training
+from sparse_adv.commands.out_folder import check_config, write_config
 from sparse_adv.commands.output import Output
 from sparse_adv.config import DataConfig, NetworkConfig, PruneConfig, TrainConfig
 from sparse_adv.config.checks import refuse_unused

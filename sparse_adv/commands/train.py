@@ -7,7 +7,8 @@ from pathlib import Path
 
 from sparse_adv import experiment, models
 from sparse_adv.commands import networks
-from sparse_adv.commands.options import AFTER_A_STOP, check_config, check_training, write_config
+from sparse_adv.commands.options import AFTER_A_STOP, check_training
+from sparse_adv.commands.out_folder import check_config, write_config
 from sparse_adv.commands.output import Output
 from sparse_adv.config import DataConfig, MethodConfig, TrainConfig
 from sparse_adv.config.checks import refuse_unused

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from sparse_adv import models, runs
 from sparse_adv.__main__ import main
-from sparse_adv.commands import evaluate, options, train
+from sparse_adv.commands import evaluate, options, out_folder, train
 from sparse_adv.config import OBJECTIVES, TrainConfig
 
 
@@ -104,7 +104,7 @@ def test_names_of_folders_and_files_stay_as_they_are(tmp_path, name):
     (tmp_path / "run.yaml").write_text("".join(f"{key}: '{name}'\n" for key in ("out", "data", "name", "ticket")))
     run = parsed(train, "--config", tmp_path / "run.yaml")
     assert (str(run.out), run.data.data, run.name, str(run.ticket)) == (name,) * 4
-    options.write_config(tmp_path, run)
+    out_folder.write_config(tmp_path, run)
     assert parsed(train, "--config", tmp_path / runs.CONFIG) == run
     if name not in ("null", "yes"):  # which are no text in YAML
         (tmp_path / "run.yaml").write_text((tmp_path / "run.yaml").read_text().replace("'", ""))
@@ -115,7 +115,9 @@ def test_names_of_folders_and_files_stay_as_they_are(tmp_path, name):
 def test_the_word_null_undoes_the_value_of_a_file(tmp_path, key):
     (tmp_path / "run.yaml").write_text(f"{key}: {'erk' if key == 'scope' else 1}\nmethod: rigl\nobjective: trades\n")
     words = "--out", "a", "--config", tmp_path / "run.yaml"
-    file, undone = (options.flat(parsed(train, *words, *more)) for more in ((), (f"--{key.replace('_', '-')}", "null")))
+    file, undone = (
+        out_folder.flat(parsed(train, *words, *more)) for more in ((), (f"--{key.replace('_', '-')}", "null"))
+    )
     assert file[key] is not None and undone == file | {key: None}
 
 

@@ -16,7 +16,18 @@ from helpers.run_folders import make
 
 from sparse_adv import attacks, data, demo, experiment, masks, models, runs, training
 from sparse_adv.__main__ import main
-from sparse_adv.commands import benchmark, evaluate, explain, networks, options, output, report, search, train
+from sparse_adv.commands import (
+    benchmark,
+    evaluate,
+    explain,
+    networks,
+    options,
+    out_folder,
+    output,
+    report,
+    search,
+    train,
+)
 from sparse_adv.config import OBJECTIVES, DataConfig, MethodConfig, NetworkConfig, PruneConfig, TrainConfig
 from sparse_adv.runs import TicketSource
 
@@ -185,9 +196,9 @@ def test_a_run_repeats_with_every_setting_in_its_own_config_file(command, settin
     parser = options.parser_of(command, module.Options, True)
     words = flags(settings | DATA | NETWORK | {"out": tmp_path, "device": "cpu"})
     asked = options.parse(parser, module.Options, words)
-    options.write_config(tmp_path, asked)
+    out_folder.write_config(tmp_path, asked)
     assert options.parse(parser, module.Options, ["--config", str(tmp_path / runs.CONFIG)]) == asked
-    written = options.flat(asked)
+    written = out_folder.flat(asked)
     assert all(
         written[name] == (list(value) if isinstance(value, tuple) else value) for name, value in settings.items()
     )
@@ -197,7 +208,7 @@ def test_a_run_repeats_with_every_setting_in_its_own_config_file(command, settin
 def test_a_run_repeats_with_its_own_config_file(objective, reach, tmp_path):
     command = ["train", "--objective", objective, "--arch", "digits_cnn", "--out", str(tmp_path)]
     asked = reach(train, "write_config", *command)
-    options.write_config(tmp_path, asked["options"])
+    out_folder.write_config(tmp_path, asked["options"])
     assert reach(train, "write_config", "train", "--config", str(tmp_path / runs.CONFIG))["options"] == asked["options"]
 
 
@@ -360,7 +371,7 @@ def test_defaults_are_those_that_were_published_or_announced():
 
 
 def test_the_form_of_the_output_is_no_setting_of_a_run(tmp_path):
-    written = options.flat(train.Options(tmp_path, json=True, train=TrainConfig(milestones=(0.25,))))
+    written = out_folder.flat(train.Options(tmp_path, json=True, train=TrainConfig(milestones=(0.25,))))
     assert "json" not in written and "config" not in written
     assert written["milestones"] == [0.25] and written["out"] == str(tmp_path) and written["ticket"] is None
 
